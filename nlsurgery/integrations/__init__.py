@@ -1,0 +1,1 @@
+"""Bridges to the libraries around: model hubs, the demo's packaged data, mmengine."""
