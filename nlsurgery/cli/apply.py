@@ -1,0 +1,121 @@
+"""``nlsurgery apply``: a checkpoint in, the operated checkpoint out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nlsurgery.cli import console
+from nlsurgery.cli.options import (
+    CheckpointOption,
+    InputSizeOption,
+    JsonOption,
+    ModelArgument,
+    NumClassesOption,
+    PretrainedOption,
+    RecipeArgument,
+    parse_input_size,
+)
+from nlsurgery.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+OutOption = Annotated[
+    Path, typer.Option("--out", metavar="OUT", help="The safetensors file to write.")
+]
+InsertedOnlyOption = Annotated[
+    bool, typer.Option("--inserted-only", help="Keep the inserted blocks' values alone.")
+]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="Replace OUT if it exists (IN is never replaced).")
+]
+
+
+def apply(
+    model: ModelArgument,
+    recipe: RecipeArgument,
+    out: OutOption,
+    checkpoint: CheckpointOption = None,
+    pretrained: PretrainedOption = False,
+    num_classes: NumClassesOption = None,
+    inserted_only: InsertedOnlyOption = False,
+    overwrite: OverwriteOption = False,
+    input_size: InputSizeOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Insert a recipe's blocks into a checkpoint; the operated model computes the same at first."""
+    sizes = parse_input_size(input_size)
+    if (checkpoint is None) != pretrained:
+        raise typer.BadParameter(
+            "give the weights to operate on, as either --checkpoint IN or --pretrained",
+            param_hint="'--checkpoint'",
+        )
+    check_target(out, checkpoint, overwrite=overwrite)
+
+    import nlsurgery
+
+    network = load_network(model, checkpoint, pretrained=pretrained, num_classes=num_classes)
+    nlsurgery.apply(network, recipe, input_size=sizes)
+    save_whole(network, out, inserted_only=inserted_only)
+    report = nlsurgery.report(network)
+    if json:
+        console.print_json({"out": str(out), **report.to_dict()})
+        return
+    console.say(str(report))
+    console.say(f"saved {out} ({console.size(out.stat().st_size)})")
+
+
+def check_target(out: Path, checkpoint: Path | None, *, overwrite: bool) -> None:
+    """Refuse, before any work is done, a place that the result cannot be written to.
+
+    Raises:
+        CheckpointError: ``out`` is the input, exists without ``overwrite``, or is a folder.
+    """
+    if out.is_dir():
+        raise CheckpointError(f"--out {out} is a folder; name a file in it, such as {out}/model.safetensors")
+    if checkpoint is not None and out.exists() and checkpoint.exists() and out.samefile(checkpoint):
+        raise CheckpointError(f"--out {out} is the input checkpoint, which is kept; name another file")
+    if out.exists() and not overwrite:
+        raise CheckpointError(f"--out {out} exists; add --overwrite to replace it, or name another file")
+
+
+def load_network(
+    model: str, checkpoint: Path | None, *, pretrained: bool, num_classes: int | None
+) -> nn.Module:
+    """Build a model by name and load a plain checkpoint of it.
+
+    Raises:
+        ModelError: No such model.
+        CheckpointError: The checkpoint cannot be read, or is of another model.
+    """
+    from nlsurgery.checkpoint import load_state_dict, read_state_dict
+    from nlsurgery.integrations.hub import create_model
+
+    state = None if checkpoint is None else read_state_dict(checkpoint)
+    network = create_model(model, num_classes=num_classes, pretrained=pretrained)
+    if state is not None:
+        load_state_dict(network, state)
+    return network
+
+
+def save_whole(network: nn.Module, out: Path, *, inserted_only: bool) -> None:
+    """Write the operated model to ``out`` in one step: all of it, or nothing.
+
+    Args:
+        network: The operated model.
+        out: The file to write; missing folders above it are made.
+        inserted_only: Keep the inserted parameters and buffers alone.
+    """
+    import nlsurgery
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
+    try:
+        nlsurgery.save(network, partial, inserted_only=inserted_only)
+        partial.replace(out)
+    finally:
+        partial.unlink(missing_ok=True)

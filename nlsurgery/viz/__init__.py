@@ -1,0 +1,1 @@
+"""Attention made visible: record it during a forward, draw it over the image."""
