@@ -69,5 +69,7 @@ def block_type(name: str) -> BlockType:
     """
     if name not in BLOCK_TYPES:
         hint = close_names(name, BLOCK_TYPES)
-        raise BlockError(f"no block type {name!r}{hint}; there are: {', '.join(sorted(BLOCK_TYPES))}")
+        raise BlockError(
+            f"no block type {name!r}{hint}; there are: {', '.join(sorted(BLOCK_TYPES))}"
+        )
     return BLOCK_TYPES[name]

@@ -57,8 +57,9 @@ def apply(
     check_target(out, checkpoint, overwrite=overwrite)
 
     import nlsurgery
+    from nlsurgery.cli.models import load_plain
 
-    network = load_network(model, checkpoint, pretrained=pretrained, num_classes=num_classes)
+    network = load_plain(model, checkpoint, pretrained=pretrained, num_classes=num_classes)
     nlsurgery.apply(network, recipe, input_size=sizes)
     save_whole(network, out, inserted_only=inserted_only)
     report = nlsurgery.report(network)
@@ -76,30 +77,17 @@ def check_target(out: Path, checkpoint: Path | None, *, overwrite: bool) -> None
         CheckpointError: ``out`` is the input, exists without ``overwrite``, or is a folder.
     """
     if out.is_dir():
-        raise CheckpointError(f"--out {out} is a folder; name a file in it, such as {out}/model.safetensors")
+        raise CheckpointError(
+            f"--out {out} is a folder; name a file in it, such as {out}/model.safetensors"
+        )
     if checkpoint is not None and out.exists() and checkpoint.exists() and out.samefile(checkpoint):
-        raise CheckpointError(f"--out {out} is the input checkpoint, which is kept; name another file")
+        raise CheckpointError(
+            f"--out {out} is the input checkpoint, which is kept; name another file"
+        )
     if out.exists() and not overwrite:
-        raise CheckpointError(f"--out {out} exists; add --overwrite to replace it, or name another file")
-
-
-def load_network(
-    model: str, checkpoint: Path | None, *, pretrained: bool, num_classes: int | None
-) -> nn.Module:
-    """Build a model by name and load a plain checkpoint of it.
-
-    Raises:
-        ModelError: No such model.
-        CheckpointError: The checkpoint cannot be read, or is of another model.
-    """
-    from nlsurgery.checkpoint import load_state_dict, read_state_dict
-    from nlsurgery.integrations.hub import create_model
-
-    state = None if checkpoint is None else read_state_dict(checkpoint)
-    network = create_model(model, num_classes=num_classes, pretrained=pretrained)
-    if state is not None:
-        load_state_dict(network, state)
-    return network
+        raise CheckpointError(
+            f"--out {out} exists; add --overwrite to replace it, or name another file"
+        )
 
 
 def save_whole(network: nn.Module, out: Path, *, inserted_only: bool) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -15,7 +16,6 @@ from nlsurgery.cli.options import (
     PretrainedOption,
     parse_input_size,
 )
-from nlsurgery.errors import DataError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -74,20 +74,60 @@ def attend(
         raise typer.BadParameter("give points or a grid, not both", param_hint="'--grid'")
     asked = [parse_point(text) for text in point or ()]
 
-    from nlsurgery.viz.loading import load_operated, view_of
+    from nlsurgery.cli.models import load_operated, view_of
+    from nlsurgery.viz.capture import grid_points
     from nlsurgery.viz.images import read_image
 
     photos = [read_image(path) for path in images]
     model = load_operated(
         target, recipe=recipe, checkpoint=checkpoint, pretrained=pretrained, num_classes=num_classes
     )
+    if checkpoint is None and not pretrained and not Path(target).is_dir():
+        console.warn("the weights are random: give --checkpoint or --pretrained")
     views = [view_of(model, photo, sizes) for photo in photos]
+    points = [[view.relative(x, y) for x, y in asked] for view in views]
+    names = distinct_names(images)
+    out.mkdir(parents=True, exist_ok=True)
     results = [
-        _draw(model, path, view, asked, grid or 2, out)
-        for path, view in zip(images, views, strict=True)
+        _draw(model, path, view, chosen or grid_points(grid or 2), out / name)
+        for path, view, chosen, name in zip(images, views, points, names, strict=True)
     ]
     if json:
         console.print_json(results)
+        return
+    for result in results:
+        for file in result["pictures"]:
+            console.say(file)
+    for fqn, reason in results[0]["skipped"].items():
+        console.say(f"skipped {fqn}: {reason}")
+
+
+def _draw(
+    model: nn.Module,
+    image: Path,
+    view: View,
+    points: Sequence[tuple[float, float]],
+    prefix: Path,
+) -> dict[str, Any]:
+    from nlsurgery.viz.capture import capture_attention
+    from nlsurgery.viz.figure import draw_rows
+
+    captured = capture_attention(model, view.tensor, points)
+    written = draw_rows(captured.rows, view.display, points, prefix)
+    return {
+        "image": str(image),
+        "points": [list(point) for point in points],
+        "pictures": [str(path) for path in written],
+        "skipped": {item.fqn: item.reason for item in captured.skipped},
+    }
+
+
+def distinct_names(images: Sequence[Path]) -> list[str]:
+    """Name each image's pictures by its stem, or by its whole name and place where stems clash."""
+    stems = [path.stem for path in images]
+    return [
+        stem if stems.count(stem) == 1 else f"{index}-{stem}" for index, stem in enumerate(stems)
+    ]
 
 
 def parse_point(text: str) -> tuple[float, float]:

@@ -38,7 +38,9 @@ def plan(
 
 def _print_insertions(title: str, planned: Plan) -> None:
     numbers = ("channels", "N", "parameters", "FLOPs", "activations")
-    table = console.new_table(title, ("where", "stage", "at", "block", "size", *numbers), right=numbers)
+    table = console.new_table(
+        title, ("where", "stage", "at", "block", "size", *numbers), right=numbers
+    )
     for row in planned.insertions:
         table.add_row(
             row.fqn,

@@ -7,7 +7,9 @@ from torch import nn
 from nlsurgery.errors import ModelError, close_names
 
 
-def create_model(spec: str, *, num_classes: int | None = None, pretrained: bool = False) -> nn.Module:
+def create_model(
+    spec: str, *, num_classes: int | None = None, pretrained: bool = False
+) -> nn.Module:
     """Build a model of timm or torchvision by name.
 
     Args:

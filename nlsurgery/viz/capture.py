@@ -75,7 +75,9 @@ def capture_attention(
     import nlsurgery
 
     if image.ndim != 4 or image.shape[0] != 1:
-        raise DataError(f"attention is drawn for one image (1, 3, H, W), but got {tuple(image.shape)}")
+        raise DataError(
+            f"attention is drawn for one image (1, 3, H, W), but got {tuple(image.shape)}"
+        )
     blocks = nlsurgery.inserted_blocks(model)
     if not blocks:
         raise DataError("the model has no inserted block to look at; apply a recipe first")
@@ -132,7 +134,9 @@ def _read_rows(
     rows = _attention_rows(block, x, index)
     if rows is None:
         needed = math.prod(size) ** 2 * x.element_size() / 2**30
-        return Skipped(fqn, f"its whole map would take {needed:.1f} GiB; give a smaller --input-size")
+        return Skipped(
+            fqn, f"its whole map would take {needed:.1f} GiB; give a smaller --input-size"
+        )
     stride = _key_stride(rows.shape[-1], size)
     if stride is None:
         return Skipped(fqn, f"its {rows.shape[-1]} keys do not lie on the {height}×{width} grid")

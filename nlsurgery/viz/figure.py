@@ -101,9 +101,7 @@ def block_figure(
         line, column = divmod(panel, columns)
         left = GAP + column * (PANEL + GAP)
         bottom = height - HEADER - (line + 1) * (panel_height + CAPTION)
-        ax = figure.add_axes(
-            (left / width, bottom / height, PANEL / width, panel_height / height)
-        )
+        ax = figure.add_axes((left / width, bottom / height, PANEL / width, panel_height / height))
         if panel == 0:
             _draw_image(ax, display, points)
         else:
