@@ -1,0 +1,87 @@
+"""The pairwise maths of the non-local block, over tokens (B, N, C').
+
+y_i = 1/C(x) · Σ_j f(x_i, x_j) g(x_j)  (Wang et al., CVPR 2018, Eq. 1).
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+#: The four pairwise functions of the paper.
+MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+#: The two whose normaliser is Σ_j f, hence a softmax over j.
+SOFTMAX_MODES = ("gaussian", "embedded_gaussian")
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """A context in which autocast does not lower the dtype of the pairwise maths."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which logits and sums are formed: float32 for half precisions."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def logit_scale(head_size: int, use_scale: bool) -> float:
+    """The factor on the logits: 1/√head_size, or 1 without ``use_scale``."""
+    return 1.0 / math.sqrt(head_size) if use_scale else 1.0
+
+
+@torch.fx.wrap
+def softmax_map(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """softmax_j(scale · q_i · k_j).
+
+    Args:
+        q: (B, N, C') queries.
+        k: (B, M, C') keys.
+        scale: The factor on the logits.
+
+    Returns:
+        (B, N, M), float32 for half inputs; every row sums to 1.
+    """
+    with without_autocast(q):
+        dtype = accumulator(q.dtype)
+        logits = (q.to(dtype) * scale) @ k.to(dtype).transpose(1, 2)
+        return logits.softmax(dim=-1)
+
+
+@torch.fx.wrap
+def dot_product_map(q: Tensor, k: Tensor) -> Tensor:
+    """q_i · k_j / M, of q (B, N, C') and k (B, M, C'): (B, N, M), float32 for half inputs."""
+    with without_autocast(q):
+        dtype = accumulator(q.dtype)
+        return (q.to(dtype) / max(1, k.shape[1])) @ k.to(dtype).transpose(1, 2)
+
+
+@torch.fx.wrap
+def concatenation_map(q: Tensor, k: Tensor, weight: Tensor) -> Tensor:
+    """ReLU(w · [q_i ; k_j]) / M.
+
+    Args:
+        q: (B, N, C').
+        k: (B, M, C').
+        weight: 2C' values in any shape, the first C' for q.
+
+    Returns:
+        (B, N, M), float32 for half inputs.
+    """
+    with without_autocast(q):
+        dtype = accumulator(q.dtype)
+        w_q, w_k = weight.flatten().to(dtype).chunk(2)
+        a, b = q.to(dtype) @ w_q, k.to(dtype) @ w_k
+        return torch.relu(a.unsqueeze(2) + b.unsqueeze(1)) / max(1, k.shape[1])
+
+
+@torch.fx.wrap
+def apply_map(attention: Tensor, v: Tensor) -> Tensor:
+    """Σ_j attention_ij v_j, of (B, N, M) and (B, M, C'): (B, N, C') in the dtype of ``v``."""
+    with without_autocast(v):
+        return (attention @ v.to(attention.dtype)).to(v.dtype)

@@ -1,0 +1,107 @@
+"""What blocks need to know of shapes: 1×1 convolutions, key pooling, tokens, input checks.
+
+Functions here decide by shape, so they are opaque to ``torch.fx`` (``torch.fx.wrap``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nlsurgery.errors import BlockError
+
+CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
+
+
+def pointwise(in_channels: int, out_channels: int, dims: int, *, bias: bool = True) -> nn.Module:
+    """A 1×1 convolution in ``dims`` spatial dimensions.
+
+    Raises:
+        BlockError: A channel count below 1, or ``dims`` not 1, 2 or 3.
+    """
+    if dims not in CONVS:
+        raise BlockError(f"dims must be 1, 2 or 3, got {dims!r}")
+    for name, count in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if not isinstance(count, int) or count < 1:
+            raise BlockError(f"{name} must be a positive int, got {count!r}")
+    return CONVS[dims](in_channels, out_channels, kernel_size=1, bias=bias)
+
+
+def reduced(in_channels: int, reduction: float, *, name: str = "reduction") -> int:
+    """Channels after a reduction: ``in_channels // reduction``, at least 1.
+
+    Raises:
+        BlockError: ``reduction`` is not a positive number.
+    """
+    if isinstance(reduction, bool) or not reduction > 0:
+        raise BlockError(f"{name} must be a positive number, got {reduction!r}")
+    return max(1, int(in_channels // reduction))
+
+
+def choice(value: str, allowed: Sequence[str], *, name: str) -> str:
+    """Check an option that names one of several forms.
+
+    Raises:
+        BlockError: ``value`` is none of ``allowed``.
+    """
+    if value not in allowed:
+        raise BlockError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return value
+
+
+@torch.fx.wrap
+def checked_input(x: Tensor, in_channels: int, dims: int) -> Tensor:
+    """Return ``x`` if it is (B, in_channels, *spatial) with ``dims`` spatial dimensions.
+
+    Raises:
+        BlockError: It is not; the message gives both shapes.
+    """
+    if x.dim() != dims + 2 or x.shape[1] != in_channels:
+        axes = ("L",), ("H", "W"), ("T", "H", "W")
+        expected = ", ".join(("B", str(in_channels), *axes[dims - 1]))
+        raise BlockError(
+            f"the block expects ({expected}), got {tuple(x.shape)}; "
+            "channels come first and the batch dimension cannot be left out"
+        )
+    return x
+
+
+@torch.fx.wrap
+def pool_keys(x: Tensor) -> Tensor:
+    """Max-pool by 2 over space, never over time: 2, 2×2 or 1×2×2.
+
+    A dimension of size 1 is left as it is, so that the result is never empty.
+
+    Args:
+        x: (B, C, L), (B, C, H, W) or (B, C, T, H, W).
+
+    Returns:
+        The pooled tensor; odd sizes round down.
+    """
+    spatial = x.shape[2:]
+    kernel = [2 if size > 1 else 1 for size in spatial]
+    if len(spatial) == 1:
+        return F.max_pool1d(x, kernel)
+    if len(spatial) == 2:
+        return F.max_pool2d(x, kernel)
+    return F.max_pool3d(x, [1, *kernel[1:]])
+
+
+@torch.fx.wrap
+def to_tokens(x: Tensor) -> Tensor:
+    """(B, C, *spatial) to (B, N, C), a view for contiguous and channels-last tensors."""
+    return x.flatten(2).transpose(1, 2)
+
+
+@torch.fx.wrap
+def to_map(tokens: Tensor, like: Tensor) -> Tensor:
+    """(B, N, C) to (B, C, *spatial) with the spatial sizes of ``like``, a view where possible."""
+    shape = (tokens.shape[0], tokens.shape[2], *like.shape[2:])
+    return tokens.transpose(1, 2).reshape(shape)

@@ -1,0 +1,236 @@
+"""The non-local block in its four modes (Wang et al., CVPR 2018, arXiv 1711.07971)."""
+
+from __future__ import annotations
+
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from nlsurgery.blocks.affinity import (
+    MODES,
+    SOFTMAX_MODES,
+    apply_map,
+    concatenation_map,
+    dot_product_map,
+    logit_scale,
+    softmax_map,
+)
+from nlsurgery.blocks.geometry import (
+    checked_input,
+    choice,
+    pointwise,
+    pool_keys,
+    reduced,
+    to_map,
+    to_tokens,
+)
+from nlsurgery.blocks.norms import build_norm
+from nlsurgery.blocks.registration import register
+from nlsurgery.blocks.residual import add_branch, finite
+from nlsurgery.errors import BlockError
+
+for _name in ("add_branch", "apply_map", "checked_input", "concatenation_map", "dot_product_map"):
+    torch.fx.wrap(_name)
+for _name in ("finite", "pool_keys", "softmax_map", "to_map", "to_tokens"):
+    torch.fx.wrap(_name)
+
+Mode = Literal["gaussian", "embedded_gaussian", "dot_product", "concatenation"]
+PoolOrder = Literal["after_conv", "before_conv"]
+Norm = Literal["bn", "ln", "gn", "none"]
+POOL_ORDERS = ("after_conv", "before_conv")
+
+
+class NonLocal(nn.Module):
+    """z = x + W_z y,  y_i = 1/C(x) · Σ_j f(x_i, x_j) g(x_j)  (Eqs. 1 and 6).
+
+    Children: ``theta`` and ``phi`` (absent in ``gaussian``), ``g``, ``concat_project`` (only in
+    ``concatenation``: 2C' → 1, always a 2-D kernel), ``out`` (W_z), and the normalisation after
+    it under the name of its kind: ``bn``, ``ln`` or ``gn``.
+
+    Differs from the paper: values of the branch that are not finite count as 0, so that a block
+    with a zero gate is the identity for every input; a one-value batch is normalised by the
+    running statistics (see ``norms.py``).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        inter_channels: int | None = None,
+        *,
+        dims: int = 2,
+        mode: str = "embedded_gaussian",
+        sub_sample: bool = False,
+        pool_order: str = "after_conv",
+        use_scale: bool = False,
+        norm: str = "bn",
+        zero_init: bool = True,
+        bias: bool = True,
+    ) -> None:
+        """Build the block.
+
+        Args:
+            in_channels: C of the host's output.
+            inter_channels: C', by default C // 2, at least 1.
+            dims: Spatial dimensions of the input: 1, 2 or 3.
+            mode: The pairwise function f: ``gaussian``, ``embedded_gaussian``, ``dot_product`` or
+                ``concatenation``.
+            sub_sample: Max-pool keys and values by 2 over space (1×2×2 in 3-D).
+            pool_order: Pool ``after_conv`` (φ and g, then the pool) or ``before_conv``.
+            use_scale: Divide the logits of the softmax modes by √(head size).
+            norm: After ``out``: ``bn``, ``ln`` (over channels), ``gn`` or ``none``.
+            zero_init: Start as the identity: the norm's weight and bias, or without a norm those
+                of ``out``, are 0.
+            bias: Whether the 1×1 convolutions have a bias.
+
+        Raises:
+            BlockError: An option that is not allowed (a ValueError).
+        """
+        super().__init__()
+        choice(mode, MODES, name="mode")
+        choice(pool_order, POOL_ORDERS, name="pool_order")
+        if use_scale and mode not in SOFTMAX_MODES:
+            raise BlockError(
+                f"use_scale=True divides the logits of a softmax, and mode={mode!r} has none; "
+                f"use it with {' or '.join(SOFTMAX_MODES)}, or leave it out"
+            )
+        if inter_channels is None:
+            inter_channels = max(1, in_channels // 2)
+        self.in_channels, self.inter_channels, self.dims = in_channels, inter_channels, dims
+        self.mode, self.sub_sample, self.pool_order = mode, sub_sample, pool_order
+        self.use_scale, self.norm_kind, self.zero_init = use_scale, norm, zero_init
+        self.scale = logit_scale(in_channels if mode == "gaussian" else inter_channels, use_scale)
+        if mode != "gaussian":
+            self.theta = pointwise(in_channels, inter_channels, dims, bias=bias)
+            self.phi = pointwise(in_channels, inter_channels, dims, bias=bias)
+        self.g = pointwise(in_channels, inter_channels, dims, bias=bias)
+        if mode == "concatenation":
+            self.concat_project = pointwise(2 * inter_channels, 1, 2, bias=False)
+        self.out = pointwise(inter_channels, in_channels, dims, bias=bias)
+        if (module := build_norm(norm, in_channels)) is not None:
+            self.add_module(norm, module)
+        self.reset_parameters()
+
+    @property
+    def norm(self) -> nn.Module | None:
+        """The normalisation after ``out``, ``None`` where there is none."""
+        return None if self.norm_kind == "none" else cast(nn.Module, getattr(self, self.norm_kind))
+
+    @property
+    def gate(self) -> nn.Parameter:
+        """What is zero at init: the norm's weight (C,), or ``out.weight`` without a norm."""
+        module = self.norm or self.out
+        return cast(nn.Parameter, module.weight)
+
+    def reset_parameters(self) -> None:
+        """Restore the init: projections N(0, 0.01²) as published, biases 0, the gate as asked."""
+        for name in ("theta", "phi", "g", "concat_project", "out"):
+            module = getattr(self, name, None)
+            if module is not None:
+                nn.init.normal_(module.weight, std=0.01)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if (norm := self.norm) is not None:
+            cast(nn.BatchNorm2d, norm).reset_parameters()
+        if self.zero_init:
+            gated = norm or self.out
+            for parameter in gated.parameters(recurse=False):
+                nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add the non-local branch.
+
+        Args:
+            x: (B, C, *spatial).
+
+        Returns:
+            The same shape, dtype and memory format.
+
+        Raises:
+            BlockError: ``x`` has another number of channels or dimensions.
+        """
+        x = checked_input(x, self.in_channels, self.dims)
+        y = apply_map(self._attention(x), self._values(x))
+        z = finite(self.out(to_map(y, x)))
+        norm = self.norm
+        return add_branch(x, z if norm is None else norm(z))
+
+    def attention(self, x: Tensor) -> Tensor:
+        """The normalised pairwise map f(x_i, x_j) / C(x).
+
+        Args:
+            x: (B, C, *spatial).
+
+        Returns:
+            (B, N, M) with M = N keys, fewer under ``sub_sample``; rows sum to 1 in the softmax
+            modes. float32 for half inputs.
+        """
+        return self._attention(checked_input(x, self.in_channels, self.dims))
+
+    def _pooled(self, x: Tensor, order: str) -> Tensor:
+        return pool_keys(x) if self.sub_sample and self.pool_order == order else x
+
+    def _values(self, x: Tensor) -> Tensor:
+        return to_tokens(self._pooled(self.g(self._pooled(x, "before_conv")), "after_conv"))
+
+    def _attention(self, x: Tensor) -> Tensor:
+        if self.mode == "gaussian":
+            keys = pool_keys(x) if self.sub_sample else x
+            return softmax_map(to_tokens(x), to_tokens(keys), self.scale)
+        q = to_tokens(self.theta(x))
+        k = to_tokens(self._pooled(self.phi(self._pooled(x, "before_conv")), "after_conv"))
+        if self.mode == "embedded_gaussian":
+            return softmax_map(q, k, self.scale)
+        if self.mode == "dot_product":
+            return dot_product_map(q, k)
+        return concatenation_map(q, k, cast(Tensor, self.concat_project.weight))
+
+    def extra_repr(self) -> str:
+        """The options, for ``print(block)``."""
+        return f"mode={self.mode}, sub_sample={self.sub_sample}, pool_order={self.pool_order}"
+
+
+@register("non_local", source="Wang et al., Non-local Neural Networks, CVPR 2018")
+def build_non_local(
+    in_channels: int,
+    *,
+    dims: int,
+    mode: Mode = "embedded_gaussian",
+    reduction: float = 2,
+    inter_channels: int | None = None,
+    sub_sample: bool = False,
+    pool_order: PoolOrder = "after_conv",
+    use_scale: bool = False,
+    norm: Norm = "bn",
+    zero_init: bool = True,
+    bias: bool = True,
+) -> NonLocal:
+    """Build a :class:`NonLocal` from the options of a recipe.
+
+    Args:
+        in_channels: C of the host.
+        dims: Spatial dimensions of the host's output.
+        mode: The pairwise function.
+        reduction: C' = C // reduction, at least 1; ignored where ``inter_channels`` is given.
+        inter_channels: C' itself.
+        sub_sample: Max-pool keys and values over space.
+        pool_order: Pool after or before the convolutions.
+        use_scale: Scale the logits of the softmax modes.
+        norm: The normalisation after ``out``.
+        zero_init: Start as the identity.
+        bias: Whether convolutions have a bias.
+    """
+    if inter_channels is None:
+        inter_channels = reduced(in_channels, reduction)
+    return NonLocal(
+        in_channels,
+        inter_channels,
+        dims=dims,
+        mode=mode,
+        sub_sample=sub_sample,
+        pool_order=pool_order,
+        use_scale=use_scale,
+        norm=norm,
+        zero_init=zero_init,
+        bias=bias,
+    )

@@ -1,0 +1,471 @@
+"""One forward of a meta copy: which tensor every module returned, and what depends on what.
+
+The live model is never run. Its deep copy holds meta tensors (no storage, no arithmetic), so a probe
+costs Python time only and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nlsurgery.errors import ModelError
+from nlsurgery.walk import CHILD_NAME, HOOK_MARK, backbone_modules
+
+OutputPath = tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorOutput:
+    """One tensor in what a module returned.
+
+    Attributes:
+        path: Keys and indices leading to it; ``()`` when the module returned the tensor itself.
+        node: Its node in the data-flow graph.
+        shape: Its shape.
+    """
+
+    path: OutputPath
+    node: int
+    shape: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of one module."""
+
+    index: int
+    fqn: str
+    kind: type[nn.Module]
+    parent: int | None
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[TensorOutput, ...] = ()
+    sizes: tuple[int, ...] | None = None
+    """Plain integers returned beside the tensor, such as MViT's (T, H, W)."""
+    end: int = 0
+    """Number of graph nodes when it returned: places in the order of computation."""
+
+
+@dataclass(slots=True)
+class Node:
+    """One tensor operation: its inputs, the module call it ran in, and its result's shape."""
+
+    preds: tuple[int, ...]
+    call: int | None
+    op: str
+    shape: tuple[int, ...]
+    picked: tuple[int, int, int] | None = None
+    """For ``select`` and ``slice``: (dim, start, end)."""
+
+
+@dataclass(slots=True)
+class Trace:
+    """What one forward did."""
+
+    input_shape: tuple[int, ...]
+    calls: list[Call] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[TensorOutput, ...] = ()
+
+    def num_calls(self) -> dict[str, int]:
+        """How many times each module was called."""
+        counts: dict[str, int] = {}
+        for call in self.calls:
+            counts[call.fqn] = counts.get(call.fqn, 0) + 1
+        return counts
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The trace at the model's input size, and one at another size where the model takes it.
+
+    Attributes:
+        trace: The forward at ``trace.input_shape``.
+        second: The forward at another size of the same input, or None.
+        prefix: The fqn of the sub-module that was run in place of the model, ``""`` for the model.
+    """
+
+    trace: Trace
+    second: Trace | None
+    prefix: str = ""
+
+
+def flatten_output(value: object, path: OutputPath = ()) -> Iterator[tuple[OutputPath, Tensor]]:
+    """Yield every tensor in a module's output with the keys that lead to it."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from flatten_output(item, (*path, key))
+    elif isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        for index, item in enumerate(value):
+            yield from flatten_output(item, (*path, index))
+
+
+class _Recorder(TorchDispatchMode):
+    """Records every tensor operation as a node; keeps all tensors alive so that ids stay unique."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+        self.node_of: dict[int, int] = {}
+        self.written: dict[int, int] = {}
+        self.alive: list[Any] = []
+        self.stack: list[int] = []
+
+    def add(self, tensor: Tensor, node: Node) -> int:
+        self.trace.nodes.append(node)
+        index = len(self.trace.nodes) - 1
+        self.node_of[id(tensor)] = index
+        self.alive.append(tensor)
+        return index
+
+    def lookup(self, tensor: Tensor) -> int | None:
+        """The node a tensor's value comes from: its own, or a later in-place write to its storage."""
+        own = self.node_of.get(id(tensor))
+        if not self.written:
+            return own
+        write = self.written.get(_storage_key(tensor))
+        if write is None or (own is not None and own >= write):
+            return own
+        return write
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        reads: list[Tensor] = []
+        _collect(args, reads)
+        _collect(kwargs.values(), reads)
+        preds = {node for t in reads if (node := self.lookup(t)) is not None}
+        if not preds:
+            return out
+        made: list[Tensor] = []
+        _collect((out,), made)
+        call = self.stack[-1] if self.stack else None
+        name = func._schema.name.removeprefix("aten::")
+        before = tuple(sorted(preds))
+        read_ids = {id(t) for t in reads}
+        mutates = func._schema.is_mutable
+        for tensor in made:
+            picked = _picked(name, args) if name in ("select", "slice") else None
+            if id(tensor) in read_ids and not mutates:
+                continue
+            index = self.add(tensor, Node(before, call, name, tuple(tensor.shape), picked))
+            if mutates:
+                self.written[_storage_key(tensor)] = index
+        return out
+
+
+def _picked(name: str, args: tuple[Any, ...]) -> tuple[int, int, int] | None:
+    tensor, rest = args[0], args[1:]
+    dim = (rest[0] if rest else 0) % max(tensor.dim(), 1)
+    size = tensor.shape[dim]
+    if name == "select":
+        start = rest[1] % size if size else 0
+        return dim, start, start + 1
+    start = (rest[1] if len(rest) > 1 and rest[1] is not None else 0)
+    end = (rest[2] if len(rest) > 2 and rest[2] is not None else size)
+    start, end = (value + size if value < 0 else min(value, size) for value in (start, end))
+    return dim, start, end
+
+
+def _storage_key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _collect(values: Iterable[Any], into: list[Tensor]) -> None:
+    for value in values:
+        if isinstance(value, Tensor):
+            into.append(value)
+        elif isinstance(value, list | tuple):
+            _collect(value, into)
+
+
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
+    """Run ``model`` (a meta or fake copy) once and record its modules and tensor operations.
+
+    Args:
+        model: A copy that may be run; hooks are added for the run and removed after it.
+        args: Positional inputs: tensors on the copy's device.
+        kwargs: Keyword inputs.
+    """
+    tensors = [t for _, t in flatten_output((args, dict(kwargs)))]
+    trace = Trace(tuple(tensors[0].shape) if tensors else ())
+    recorder = _Recorder(trace)
+    handles = []
+    for fqn, module in backbone_modules(model):
+        if fqn:
+            handles += _watch(module, fqn, recorder)
+    for tensor in tensors:
+        recorder.add(tensor, Node((), None, "input", tuple(tensor.shape)))
+    trace.inputs = tuple(range(len(tensors)))
+    try:
+        with torch.no_grad(), warnings.catch_warnings(), recorder:
+            warnings.simplefilter("ignore")
+            result = model(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    trace.outputs = _outputs(result, recorder)
+    return trace
+
+
+def _outputs(value: object, recorder: _Recorder) -> tuple[TensorOutput, ...]:
+    found = []
+    for path, tensor in flatten_output(value):
+        node = recorder.lookup(tensor)
+        if node is not None:
+            found.append(TensorOutput(path, node, tuple(tensor.shape)))
+    return tuple(found)
+
+
+def _watch(module: nn.Module, fqn: str, recorder: _Recorder) -> list[Any]:
+    trace = recorder.trace
+
+    def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+        parent = recorder.stack[-1] if recorder.stack else None
+        call = Call(len(trace.calls), fqn, type(module), parent)
+        nodes = (recorder.lookup(t) for _, t in flatten_output((args, kwargs)))
+        call.inputs = tuple(node for node in nodes if node is not None)
+        trace.calls.append(call)
+        recorder.stack.append(call.index)
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        call = trace.calls[recorder.stack.pop()]
+        call.outputs = _outputs(output, recorder)
+        call.sizes = _plain_sizes(output)
+        call.end = len(trace.nodes)
+
+    return [
+        module.register_forward_pre_hook(enter, with_kwargs=True),
+        module.register_forward_hook(leave),
+    ]
+
+
+def _plain_sizes(output: object) -> tuple[int, ...] | None:
+    if not isinstance(output, tuple | list):
+        return None
+    for item in output:
+        if (
+            isinstance(item, tuple | list | torch.Size)
+            and item
+            and all(isinstance(size, int) for size in item)
+        ):
+            return tuple(item)
+    return None
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """Deep-copy a model in eval mode with every tensor on the meta device.
+
+    User hooks that are closures are left out of the copy, so that a probe has no side effects.
+
+    Raises:
+        ModelError: The model cannot be deep-copied.
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in _own_tensors(module):
+            if id(tensor) not in memo:
+                memo[id(tensor)] = _to_meta(tensor)
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise ModelError(
+            f"{type(model).__name__} cannot be deep-copied, so it cannot be probed: {error}"
+        ) from error
+    for module in twin.modules():
+        module.training = False
+        hooks = module._forward_hooks
+        for key in [k for k, hook in hooks.items() if _left_out(hook)]:
+            del hooks[key]
+    return twin
+
+
+def _left_out(hook: object) -> bool:
+    """Tell the hooks a copy goes without: closures of the user's, and those that run inserted blocks."""
+    if getattr(hook, HOOK_MARK, False):
+        return True
+    return isinstance(hook, types.FunctionType) and hook.__closure__ is not None
+
+
+def _to_meta(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=tensor.requires_grad)
+    return empty
+
+
+def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from (p for p in module._parameters.values() if p is not None)
+    yield from (b for b in module._buffers.values() if b is not None)
+    plain = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
+    for value in plain.values():
+        if isinstance(value, Tensor | list | tuple | dict):
+            yield from (t for _, t in flatten_output(value))
+
+
+def probe(
+    model: nn.Module,
+    input_size: Sequence[int] | None = None,
+    example_input: object | None = None,
+) -> Probe:
+    """Trace a meta copy of ``model`` once, and once more at another size where layouts need it.
+
+    Args:
+        model: The live model; only copied.
+        input_size: (H, W), (C, H, W) or (C, T, H, W) in pixels and frames, without the batch; read
+            off the model when None.
+        example_input: A tensor, tuple or dict to call the model with, batch included.
+
+    Raises:
+        ModelError: The model cannot be run on such an input.
+    """
+    twin = meta_copy(model)
+    if example_input is not None:
+        args, kwargs = _as_call(example_input)
+        trace = _attempt(twin, args, kwargs)
+        if isinstance(trace, Exception):
+            raise ModelError(
+                f"{type(model).__name__} does not run on example_input: {_brief(trace)}"
+            ) from trace
+        return Probe(trace, _second(twin, trace) if len(args) == 1 and not kwargs else None)
+    sizes = candidate_sizes(model, input_size)
+    prefixes = ["", *(name for name in ("backbone",) if hasattr(model, name))]
+    errors = []
+    for prefix in prefixes:
+        part = twin.get_submodule(prefix)
+        for size in sizes:
+            trace = _attempt(part, (torch.empty((2, *size), device="meta"),), {})
+            if isinstance(trace, Trace):
+                _rename(trace, prefix)
+                second = _second(part, trace)
+                if second is not None:
+                    _rename(second, prefix)
+                return Probe(trace, second, prefix)
+            errors.append(f"{size}: {_brief(trace)}")
+    raise ModelError(
+        f"{type(model).__name__} runs on none of the input sizes tried ({'; '.join(errors[:3])}): "
+        f"give input_size=(C, H, W) or example_input="
+    )
+
+
+def _rename(trace: Trace, prefix: str) -> None:
+    if prefix:
+        for call in trace.calls:
+            call.fqn = f"{prefix}.{call.fqn}"
+
+
+def _as_call(example: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def convert(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return torch.empty_like(value, device="meta")
+        if isinstance(value, Mapping):
+            return {k: convert(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(convert(v) for v in value)
+        return value
+
+    if isinstance(example, Mapping):
+        return (), convert(example)
+    if isinstance(example, tuple):
+        return convert(example), {}
+    return (convert(example),), {}
+
+
+def _attempt(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace | Exception:
+    try:
+        return record(model, args, kwargs)
+    except Exception as error:
+        return error
+
+
+def _brief(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"
+
+
+def _second(twin: nn.Module, first: Trace) -> Trace | None:
+    """Trace at twice the height and three times the width, when the model can be brought to it."""
+    shape = first.input_shape
+    if len(shape) < 4:
+        return None
+    size = (*shape[:-2], 2 * shape[-2], 3 * shape[-1])
+    trace = _attempt(twin, (torch.empty(size, device="meta"),), {})
+    if isinstance(trace, Exception):
+        resize = getattr(twin, "set_input_size", None)
+        if resize is None:
+            return None
+        try:
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                resize(img_size=size[-2:])
+        except Exception:
+            return None
+        trace = _attempt(twin, (torch.empty(size, device="meta"),), {})
+    return trace if isinstance(trace, Trace) else None
+
+
+def candidate_sizes(model: nn.Module, input_size: Sequence[int] | None) -> list[tuple[int, ...]]:
+    """List the input sizes to try, the likeliest first: (C, H, W), or (C, T, H, W) for video."""
+    channels, video = _first_projection(model)
+    if input_size is not None:
+        size = tuple(int(value) for value in input_size)
+        if len(size) not in (2, 3, 4) or min(size) < 1:
+            raise ModelError(
+                f"input_size must be (H, W), (C, H, W) or (C, T, H, W) with positive sizes, "
+                f"but got {tuple(input_size)}"
+            )
+        return [(channels, *size)] if len(size) == 2 else [size]
+    if video:
+        frames = getattr(model, "temporal_size", None)
+        spatial = getattr(model, "spatial_size", None)
+        known = [(channels, int(frames), *map(int, spatial))] if frames and spatial else []
+        return [*known, *((channels, 16, side, side) for side in (112, 224, 256))]
+    sides = [*_declared_sides(model), (224, 224), (256, 256), (299, 299), (384, 384), (512, 512)]
+    sides += [(96, 96), (64, 64), (32, 32)]
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    declared = config.get("input_size", (3,))[0] if isinstance(config, dict) else 3
+    channel_options = dict.fromkeys((channels, declared, 3))
+    unique = dict.fromkeys((c, *side) for side in dict.fromkeys(sides) for c in channel_options)
+    return list(unique)
+
+
+def _declared_sides(model: nn.Module) -> Iterator[tuple[int, int]]:
+    embed = getattr(model, "patch_embed", None)
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    declared = (
+        getattr(embed, "img_size", None),
+        getattr(model, "image_size", None),
+        getattr(model, "img_size", None),
+        config.get("input_size") if isinstance(config, dict) else None,
+    )
+    for value in declared:
+        if isinstance(value, int):
+            yield value, value
+        elif isinstance(value, tuple | list) and len(value) >= 2:
+            yield int(value[-2]), int(value[-1])
+
+
+def _first_projection(model: nn.Module) -> tuple[int, bool]:
+    """Input channels and "is video" of the first convolution in module order; (3, False) if none."""
+    for fqn, module in model.named_modules():
+        if CHILD_NAME in fqn.split("."):
+            continue
+        if isinstance(module, nn.Conv3d):
+            return module.in_channels, True
+        if isinstance(module, nn.Conv2d):
+            return module.in_channels, False
+    return 3, False
+

@@ -1,0 +1,29 @@
+"""What the tests of blocks share: inputs, and blocks with parameters that hide nothing."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+SHAPES = {1: (2, 6, 7), 2: (2, 6, 3, 4), 3: (2, 6, 2, 2, 3)}
+MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+
+
+def feature_map(dims: int = 2, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
+    """A random (B, C, *spatial) with ``dims`` spatial dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(SHAPES[dims], generator=generator, dtype=torch.float64).to(dtype)
+
+
+def randomised(block: nn.Module, *, seed: int = 1, std: float = 0.5) -> nn.Module:
+    """Give every parameter and floating buffer a value that is neither 0 nor 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.copy_(noise * std)
+        for name, buffer in block.named_buffers():
+            if buffer.is_floating_point():
+                noise = torch.rand(buffer.shape, generator=generator, dtype=torch.float64)
+                buffer.copy_(noise + 0.5 if name.endswith("var") else noise)
+    return block

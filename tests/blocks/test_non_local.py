@@ -1,0 +1,146 @@
+"""The non-local block and self-attention against loops over positions, and their options."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from nlsurgery.blocks import NonLocal, SelfAttention
+from nlsurgery.errors import BlockError
+
+from .cases import MODES, feature_map, randomised
+from .reference import attended, batch_norm, conv1x1, non_local, pairwise
+
+EXACT = {"rtol": 1e-10, "atol": 1e-10}
+
+FORMS = [
+    pytest.param(
+        dims,
+        {"mode": mode, **pool, **scale},
+        id="-".join(map(str, (mode, f"{dims}d", *pool.values(), *scale))),
+    )
+    for dims, mode, pool, scale in itertools.product(
+        (1, 2, 3),
+        MODES,
+        (
+            {},
+            {"sub_sample": True, "pool_order": "after_conv"},
+            {"sub_sample": True, "pool_order": "before_conv"},
+        ),
+        ({}, {"use_scale": True}),
+    )
+    if not (scale and mode in ("dot_product", "concatenation"))
+]
+
+
+@pytest.mark.parametrize(("dims", "options"), FORMS)
+def test_matches_the_formula(dims, options):
+    x = feature_map(dims)
+    block = randomised(NonLocal(6, 4, dims=dims, **options).double()).eval()
+    branch, attention = non_local(block, x)
+    torch.testing.assert_close(block.attention(x), attention, **EXACT)
+    expected = x + batch_norm(branch, block.bn, training=False)
+    torch.testing.assert_close(block(x), expected, **EXACT)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_matches_the_formula_without_norm_and_bias(mode):
+    x = feature_map(2)
+    block = randomised(NonLocal(6, 4, mode=mode, norm="none", bias=False).double())
+    assert all(m.bias is None for m in block.modules() if isinstance(m, nn.Conv2d))
+    torch.testing.assert_close(block(x), x + non_local(block, x)[0], **EXACT)
+
+
+def test_train_mode_normalises_by_the_batch():
+    x = feature_map(2)
+    block = randomised(NonLocal(6, 4).double()).train()
+    branch, _ = non_local(block, x)
+    expected = x + batch_norm(branch, block.bn, training=True)
+    torch.testing.assert_close(block(x), expected, **EXACT)
+
+
+@pytest.mark.parametrize("norm", ["ln", "gn"])
+def test_other_norms_match_their_definition(norm):
+    x = feature_map(2)
+    block = randomised(NonLocal(6, 4, norm=norm).double())
+    branch, _ = non_local(block, x)
+    module = block.norm
+    # gn: gcd(32, 6) = 2 groups of 3 channels, over space too; ln: all channels of one position.
+    grouped = branch.reshape(2, 2, 3, 3, 4)
+    axes, values = ((2, 3, 4), grouped) if norm == "gn" else ((1,), branch)
+    mean, var = values.mean(axes, keepdim=True), values.var(axes, unbiased=False, keepdim=True)
+    normed = ((values - mean) / torch.sqrt(var + module.eps)).reshape(branch.shape)
+    expected = x + normed * module.weight.view(1, -1, 1, 1) + module.bias.view(1, -1, 1, 1)
+    torch.testing.assert_close(block(x), expected, **EXACT)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_self_attention_matches_the_formula(dims):
+    x = feature_map(dims)
+    block = randomised(SelfAttention(6, 2, dims=dims).double())
+    attention = pairwise(
+        conv1x1(x, block.query), conv1x1(x, block.key), "embedded_gaussian", 1.0, None
+    )
+    torch.testing.assert_close(block.attention(x), attention, **EXACT)
+    expected = x + block.gamma * attended(attention, conv1x1(x, block.value), x)
+    torch.testing.assert_close(block(x), expected, **EXACT)
+
+
+@pytest.mark.parametrize("mode", ["gaussian", "embedded_gaussian"])
+def test_rows_of_softmax_maps_sum_to_one(mode):
+    x = feature_map(2, dtype=torch.float32)
+    rows = NonLocal(6, mode=mode, sub_sample=True).attention(x)
+    assert rows.shape == (2, 12, 2)
+    torch.testing.assert_close(rows.sum(-1), torch.ones(2, 12))
+
+
+@pytest.mark.parametrize(
+    ("mode", "names"),
+    [
+        ("gaussian", {"g", "out", "bn"}),
+        ("embedded_gaussian", {"theta", "phi", "g", "out", "bn"}),
+        ("dot_product", {"theta", "phi", "g", "out", "bn"}),
+        ("concatenation", {"theta", "phi", "g", "out", "bn", "concat_project"}),
+    ],
+)
+def test_children_have_the_field_s_names(mode, names):
+    assert {name for name, _ in NonLocal(6, mode=mode).named_children()} == names
+
+
+def test_self_attention_children_have_the_field_s_names():
+    keys = set(SelfAttention(8).state_dict())
+    convs = {f"{n}.{p}" for n in ("query", "key", "value") for p in ("weight", "bias")}
+    assert keys == convs | {"gamma"}
+
+
+@pytest.mark.parametrize(("channels", "inner"), [(1, 1), (2, 1), (7, 3), (1024, 512)])
+def test_inter_channels_default_to_half(channels, inner):
+    assert NonLocal(channels).inter_channels == inner
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"mode": "dot_product", "use_scale": True}, "use_scale"),
+        ({"mode": "concatenation", "use_scale": True}, "use_scale"),
+        ({"mode": "softmax"}, "'embedded_gaussian'"),
+        ({"norm": "batch"}, "'bn'"),
+        ({"pool_order": "after"}, "'before_conv'"),
+        ({"dims": 4}, "dims must be 1, 2 or 3"),
+        ({"inter_channels": 0}, "out_channels must be a positive int"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_wrong_options_are_block_errors(options, message):
+    with pytest.raises(BlockError, match=message):
+        NonLocal(6, **options)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 3, 3), (6, 3, 3), (2, 6, 3), (2, 6, 2, 3, 3)])
+@pytest.mark.parametrize("block", [NonLocal(6), SelfAttention(6)], ids=["non_local", "sagan"])
+def test_wrong_input_is_a_block_error(block, shape):
+    with pytest.raises(BlockError, match=r"expects \(B, 6, H, W\), got \("):
+        block(torch.zeros(shape))
