@@ -155,17 +155,18 @@ class NonLocal(nn.Module):
         norm = self.norm
         return add_branch(x, z if norm is None else norm(z))
 
-    def attention(self, x: Tensor) -> Tensor:
+    def attention(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
         """The normalised pairwise map f(x_i, x_j) / C(x).
 
         Args:
             x: (B, C, *spatial).
+            queries: (Q,) positions i in 0..N-1 to compute rows for, all N by default.
 
         Returns:
-            (B, N, M) with M = N keys, fewer under ``sub_sample``; rows sum to 1 in the softmax
-            modes. float32 for half inputs.
+            (B, N, M), or (B, Q, M), with M = N keys, fewer under ``sub_sample``; rows sum to 1 in
+            the softmax modes. float32 for half inputs.
         """
-        return self._attention(checked_input(x, self.in_channels, self.dims))
+        return self._attention(checked_input(x, self.in_channels, self.dims), queries)
 
     def _pooled(self, x: Tensor, order: str) -> Tensor:
         return pool_keys(x) if self.sub_sample and self.pool_order == order else x
@@ -173,11 +174,14 @@ class NonLocal(nn.Module):
     def _values(self, x: Tensor) -> Tensor:
         return to_tokens(self._pooled(self.g(self._pooled(x, "before_conv")), "after_conv"))
 
-    def _attention(self, x: Tensor) -> Tensor:
-        if self.mode == "gaussian":
+    def _attention(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
+        gaussian = self.mode == "gaussian"
+        q = to_tokens(x if gaussian else self.theta(x))
+        if queries is not None:
+            q = q[:, queries]
+        if gaussian:
             keys = pool_keys(x) if self.sub_sample else x
-            return softmax_map(to_tokens(x), to_tokens(keys), self.scale)
-        q = to_tokens(self.theta(x))
+            return softmax_map(q, to_tokens(keys), self.scale)
         k = to_tokens(self._pooled(self.phi(self._pooled(x, "before_conv")), "after_conv"))
         if self.mode == "embedded_gaussian":
             return softmax_map(q, k, self.scale)

@@ -68,12 +68,23 @@ class SelfAttention(nn.Module):
         y = to_map(apply_map(self._attention(x), to_tokens(self.value(x))), x)
         return add_branch(x, self.gamma * finite(y))
 
-    def attention(self, x: Tensor) -> Tensor:
-        """The map softmax_j(q_i · k_j) of (B, C, *spatial): (B, N, N), rows sum to 1."""
-        return self._attention(checked_input(x, self.in_channels, self.dims))
+    def attention(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
+        """The map softmax_j(q_i · k_j).
 
-    def _attention(self, x: Tensor) -> Tensor:
-        return softmax_map(to_tokens(self.query(x)), to_tokens(self.key(x)), 1.0)
+        Args:
+            x: (B, C, *spatial).
+            queries: (Q,) positions i in 0..N-1 to compute rows for, all N by default.
+
+        Returns:
+            (B, N, N), or (B, Q, N); rows sum to 1.
+        """
+        return self._attention(checked_input(x, self.in_channels, self.dims), queries)
+
+    def _attention(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
+        q = to_tokens(self.query(x))
+        if queries is not None:
+            q = q[:, queries]
+        return softmax_map(q, to_tokens(self.key(x)), 1.0)
 
 
 @register("self_attention", source="Zhang et al., Self-Attention GANs, 2018")

@@ -1,4 +1,4 @@
-"""The command ``nlsurgery``: registers every command; torch loads inside them, so help is instant."""
+"""The command ``nlsurgery``. Torch loads inside the commands, so that help is instant."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 
 from nlsurgery.cli.apply import apply
 from nlsurgery.cli.attend import attend
-from nlsurgery.cli.command import SurgeryCommand
+from nlsurgery.cli.command import join_sizes, reporting_errors
 from nlsurgery.cli.inspect import inspect
 from nlsurgery.cli.plan import plan
 from nlsurgery.cli.recipes import recipes
@@ -45,7 +45,7 @@ def _root(
 
 
 for _command in (inspect, plan, apply, recipes, attend):
-    app.command(cls=SurgeryCommand)(_command)
+    app.command()(reporting_errors(_command))
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -54,4 +54,4 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: The words after ``nlsurgery``; the process's own when None.
     """
-    app(args=list(sys.argv[1:] if args is None else args), prog_name="nlsurgery")
+    app(args=join_sizes(sys.argv[1:] if args is None else args), prog_name="nlsurgery")

@@ -1,53 +1,58 @@
-"""What every command shares: ``--debug``, one clear line per error, ``--input-size`` as numbers."""
+"""What every command shares: ``--debug``, one clear message per error, ``--input-size`` as numbers."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.core import TyperCommand, TyperOption
 
 from nlsurgery.errors import SurgeryError
 
-_DEBUG = "nlsurgery.debug"
-_EXPECTED = (SurgeryError, OSError)
+DebugOption = Annotated[
+    bool, typer.Option("--debug", help="Show the traceback of an error.", show_default=False)
+]
+
+#: The most sizes that ``--input-size`` takes: C, T, H and W.
+_MOST_SIZES = 4
 
 
-class SurgeryCommand(TyperCommand):
-    """A command whose errors go to stderr as one message, exit code 1; ``--debug`` shows all."""
+def reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command ``--debug``; without it an error is a message on stderr and exit code 1.
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Build the command of typer's arguments and add ``--debug`` to it."""
-        super().__init__(*args, **kwargs)
-        self.params.append(
-            TyperOption(
-                param_decls=["--debug"],
-                is_flag=True,
-                default=False,
-                expose_value=False,
-                show_default=False,
-                callback=_remember_debug,
-                help="Show the traceback of an error.",
-            )
-        )
+    Args:
+        command: A function that typer can make a command of.
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read the command's arguments, the numbers after ``--input-size`` as one value."""
-        return super().parse_args(ctx, join_sizes(args))
+    Returns:
+        The same with one more option.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    parameters = [
+        parameter.replace(annotation=hints[name])
+        for name, parameter in inspect.signature(command).parameters.items()
+    ]
+    debug = inspect.Parameter(
+        "debug", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=DebugOption
+    )
 
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command; an error becomes a message and exit code 1, unless ``--debug``."""
+    @functools.wraps(command)
+    def run(*args: Any, debug: bool = False, **kwargs: Any) -> None:
         try:
-            return super().invoke(ctx)
-        except (typer.Exit, typer.Abort):
-            raise
+            command(*args, **kwargs)
         except Exception as error:
-            # Usage errors have a style and an exit code of their own, which typer gives them.
-            if ctx.meta.get(_DEBUG) or hasattr(error, "exit_code"):
+            if debug or _is_typer_s(error):
                 raise
             print_error(error)
             raise typer.Exit(1) from None
+
+    # typer reads the signature and the annotations; both have to show the added option.
+    run.__annotations__ = {**hints, "debug": DebugOption}
+    run.__signature__ = inspect.Signature([*parameters, debug])  # type: ignore[attr-defined]
+    del run.__wrapped__  # type: ignore[attr-defined]
+    return run
 
 
 def print_error(error: Exception) -> None:
@@ -56,14 +61,13 @@ def print_error(error: Exception) -> None:
     from rich.text import Text
 
     message = str(error) or type(error).__name__
-    if not isinstance(error, _EXPECTED):
+    if not isinstance(error, SurgeryError | OSError):
         message = f"{type(error).__name__}: {message}\n(unexpected; --debug shows the traceback)"
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console = Console(file=sys.stderr, soft_wrap=True, highlight=False)
     console.print(Text.assemble(("error: ", "bold red"), message))
-    sys.stderr.flush()
 
 
-def join_sizes(args: list[str]) -> list[str]:
+def join_sizes(args: Sequence[str]) -> list[str]:
     """Join the numbers after ``--input-size`` into one value, since an option takes only one.
 
     Args:
@@ -73,24 +77,18 @@ def join_sizes(args: list[str]) -> list[str]:
         The same words, e.g. ``["--input-size", "3x224x224", "--json"]``.
     """
     joined: list[str] = []
-    words = iter(range(len(args)))
-    for index in words:
-        joined.append(args[index])
-        if args[index] != "--input-size":
-            continue
-        sizes = []
-        while len(sizes) < 4 and args[index + 1 + len(sizes) : index + 2 + len(sizes)]:
-            word = args[index + 1 + len(sizes)]
-            if not word.isdecimal():
-                break
+    sizes: list[str] | None = None
+    for word in args:
+        if sizes is not None and word.isdecimal() and len(sizes) < _MOST_SIZES:
             sizes.append(word)
+            continue
         if sizes:
             joined.append("x".join(sizes))
-            for _ in sizes:
-                next(words)
-    return joined
+        joined.append(word)
+        sizes = [] if word == "--input-size" else None
+    return [*joined, "x".join(sizes)] if sizes else joined
 
 
-def _remember_debug(ctx: typer.Context, value: bool) -> None:
-    if value:
-        ctx.meta[_DEBUG] = True
+def _is_typer_s(error: Exception) -> bool:
+    """Whether typer shows an error itself: usage errors, and the ways to end a command."""
+    return isinstance(error, typer.Exit | typer.Abort | typer.BadParameter)

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+#: Wider than any table.
+_UNLIMITED = 10_000
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -41,9 +44,19 @@ def print_table(table: Table) -> None:
 
     console = Console(file=sys.stdout, highlight=False)
     if not console.is_terminal:
-        width = console.measure(table).maximum
-        console = Console(file=sys.stdout, highlight=False, width=max(width, 80))
+        console = Console(file=sys.stdout, highlight=False, width=_UNLIMITED)
+        console.width = console.measure(table).maximum
     console.print(table)
+
+
+def print_record(name: str, fields: Mapping[str, Sequence[str]]) -> None:
+    """Print a name and, under it, its fields, the lines of each under one another."""
+    typer.echo(typer.style(name, bold=True))
+    width = max(len(field) for field in fields)
+    for field, lines in fields.items():
+        for index, line in enumerate(lines):
+            typer.echo(f"  {field if index == 0 else '':<{width}}  {line}")
+    typer.echo()
 
 
 def say(text: str) -> None:

@@ -19,20 +19,21 @@ def recipes(json: JsonOption = False) -> None:
     if json:
         console.print_json([{"name": name, **item.to_mapping()} for name, item in found.items()])
         return
-    table = console.new_table("Packaged recipes", ("recipe", "what", "where", "source"))
     for name, recipe in found.items():
-        table.add_row(name, *_describe(recipe))
-    console.print_table(table)
+        console.print_record(name, _describe(recipe))
 
 
-def _describe(recipe: Recipe) -> tuple[str, str, str]:
-    """What, where and source of one recipe; a line per entry, blocks that are the same once."""
-    inserts = recipe.to_mapping()["inserts"]
-    blocks = [_block(insert["block"]) for insert in inserts]
-    if len(set(blocks)) == 1:
-        del blocks[1:]
-    source = [text for text in (recipe.source, recipe.published) if text]
-    return "\n".join(blocks), "\n".join(_place(insert) for insert in inserts), "\n".join(source)
+def _describe(recipe: Recipe) -> dict[str, list[str]]:
+    """What, where and source of one recipe; entries that insert the same block share a line."""
+    places: dict[str, list[str]] = {}
+    for insert in recipe.to_mapping()["inserts"]:
+        places.setdefault(_block(insert["block"]), []).append(_place(insert))
+    return {
+        "what": list(places),
+        "where": ["; ".join(place) for place in places.values()],
+        "source": [recipe.source] if recipe.source else [],
+        "result": [recipe.published] if recipe.published else [],
+    }
 
 
 def _block(block: dict[str, Any]) -> str:
