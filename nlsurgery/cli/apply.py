@@ -20,6 +20,7 @@ from nlsurgery.cli.options import (
     parse_input_size,
 )
 from nlsurgery.errors import CheckpointError
+from nlsurgery.tables import count_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,7 +68,8 @@ def apply(
         console.print_json({"out": str(out), **report.to_dict()})
         return
     console.say(str(report))
-    console.say(f"saved {out} ({console.size(out.stat().st_size)})")
+    size = count_text(out.stat().st_size, "B")
+    console.say(f"saved {out} ({size})")
 
 
 def check_target(out: Path, checkpoint: Path | None, *, overwrite: bool) -> None:

@@ -67,29 +67,3 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print a line of plain text to stderr."""
     typer.echo(f"warning: {text}", err=True)
-
-
-def count(value: int) -> str:
-    """Format a whole number with thousands separators: ``1,050,624``."""
-    return f"{value:,}"
-
-
-def flops(value: float) -> str:
-    """Format FLOPs (multiply and add count two) with a decimal prefix: ``1.23 G``."""
-    for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= factor:
-            return f"{value / factor:.2f} {prefix}"
-    return f"{value:.0f}"
-
-
-def size(num_bytes: float) -> str:
-    """Format a number of bytes with a binary prefix: ``1.5 MiB``."""
-    for factor, prefix in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:.1f} {prefix}"
-    return f"{num_bytes:.0f} B"
-
-
-def shape(sizes: Sequence[int]) -> str:
-    """Format sizes as people write them: ``14×14``."""
-    return "×".join(str(item) for item in sizes)

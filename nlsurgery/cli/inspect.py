@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from nlsurgery.cli import console
 from nlsurgery.cli.options import InputSizeOption, JsonOption, ModelArgument, parse_input_size
+from nlsurgery.tables import size_text
 
 if TYPE_CHECKING:
-    from nlsurgery.surgery import Anatomy
+    from nlsurgery.stages import Anatomy
 
 
 def inspect(
@@ -38,7 +39,7 @@ def _print_stages(model: str, anatomy: Anatomy) -> None:
             str(stage.num_chs),
             str(stage.reduction),
             stage.layout,
-            console.shape(stage.feature_size),
+            size_text(stage.feature_size),
             _span(stage.blocks),
         )
     console.print_table(table)

@@ -94,7 +94,8 @@ def view_of(model: nn.Module, photo: Image.Image, sizes: tuple[int, ...] | None)
     from nlsurgery.viz.images import view_image
 
     config = resolve_data_config({}, model=model)
-    channels, *size = sizes or config["input_size"]
+    sizes = sizes or config["input_size"]
+    channels, *size = sizes if len(sizes) > 2 else (3, *sizes)
     if channels != 3 or len(size) != 2:
         raise DataError(
             f"attention is drawn for RGB images, input size (3, H, W), but got {(channels, *size)}"

@@ -52,5 +52,4 @@ def parse_input_size(value: str | None) -> tuple[int, ...] | None:
             f"must be H W, C H W or C T H W (positive numbers), but got {value!r}",
             param_hint="'--input-size'",
         )
-    sizes = tuple(int(part) for part in parts)
-    return (3, *sizes) if len(sizes) == 2 else sizes
+    return tuple(int(part) for part in parts)

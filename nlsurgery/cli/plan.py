@@ -12,6 +12,7 @@ from nlsurgery.cli.options import (
     RecipeArgument,
     parse_input_size,
 )
+from nlsurgery.tables import count_text, size_text
 
 if TYPE_CHECKING:
     from nlsurgery.planning import Plan
@@ -47,21 +48,24 @@ def _print_insertions(title: str, planned: Plan) -> None:
             row.stage,
             row.at,
             row.type,
-            console.shape(row.feature_size),
+            size_text(row.feature_size),
             str(row.num_chs),
-            console.count(row.num_positions),
-            console.count(row.num_params),
-            console.flops(row.flops),
-            console.size(row.activation_bytes),
+            f"{row.num_positions:,}",
+            f"{row.num_params:,}",
+            count_text(row.flops),
+            count_text(row.activation_bytes, "B"),
         )
     table.add_section()
     table.add_row(
         f"total ({len(planned.insertions)})",
         *[""] * 6,
-        console.count(planned.num_params),
-        console.flops(planned.flops),
-        console.size(planned.activation_bytes),
+        f"{planned.num_params:,}",
+        count_text(planned.flops),
+        count_text(planned.activation_bytes, "B"),
         style="bold",
     )
     console.print_table(table)
-    console.say("FLOPs: one image, forward. Activations: what a training step keeps for one image.")
+    console.say(
+        f"per sample of {size_text(planned.input_size)} in float32; FLOPs: one forward, a "
+        "multiply-add counts two; activations: what a training forward keeps for backward"
+    )
