@@ -16,7 +16,17 @@ from nlsurgery.probe import Trace
 _PRIME = (1 << 61) - 1
 
 #: Operations that mix tokens with one another: what follows depends on every token.
-_MIXING = ("bmm", "baddbmm", "matmul", "convolution", "_softmax", "softmax", "fft", "roll", "einsum")
+_MIXING = (
+    "bmm",
+    "baddbmm",
+    "matmul",
+    "convolution",
+    "_softmax",
+    "softmax",
+    "fft",
+    "roll",
+    "einsum",
+)
 
 
 class Flow:

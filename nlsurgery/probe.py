@@ -6,6 +6,7 @@ costs Python time only and leaves nothing behind.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import types
 import warnings
@@ -18,9 +19,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nlsurgery.errors import ModelError
-from nlsurgery.walk import CHILD_NAME, HOOK_MARK, backbone_modules
-
-OutputPath = tuple[int | str, ...]
+from nlsurgery.walk import CHILD_NAME, HOOK_MARK, OutputPath, backbone_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +173,8 @@ def _picked(name: str, args: tuple[Any, ...]) -> tuple[int, int, int] | None:
     if name == "select":
         start = rest[1] % size if size else 0
         return dim, start, start + 1
-    start = (rest[1] if len(rest) > 1 and rest[1] is not None else 0)
-    end = (rest[2] if len(rest) > 2 and rest[2] is not None else size)
+    start = rest[1] if len(rest) > 1 and rest[1] is not None else 0
+    end = rest[2] if len(rest) > 2 and rest[2] is not None else size
     start, end = (value + size if value < 0 else min(value, size) for value in (start, end))
     return dim, start, end
 
@@ -192,19 +191,25 @@ def _collect(values: Iterable[Any], into: list[Tensor]) -> None:
             _collect(value, into)
 
 
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace:
+def record(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], also: Iterable[str] = ()
+) -> Trace:
     """Run ``model`` (a meta or fake copy) once and record its modules and tensor operations.
 
     Args:
         model: A copy that may be run; hooks are added for the run and removed after it.
         args: Positional inputs: tensors on the copy's device.
         kwargs: Keyword inputs.
+        also: Paths of inserted blocks to record beside the model's own modules.
     """
     tensors = [t for _, t in flatten_output((args, dict(kwargs)))]
     trace = Trace(tuple(tensors[0].shape) if tensors else ())
     recorder = _Recorder(trace)
     handles = []
-    for fqn, module in backbone_modules(model):
+    for fqn, module in (
+        *backbone_modules(model),
+        *((fqn, model.get_submodule(fqn)) for fqn in also),
+    ):
         if fqn:
             handles += _watch(module, fqn, recorder)
     for tensor in tensors:
@@ -266,10 +271,14 @@ def _plain_sizes(output: object) -> tuple[int, ...] | None:
     return None
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
+def meta_copy(model: nn.Module, *, keep_inserted: bool = False) -> nn.Module:
     """Deep-copy a model in eval mode with every tensor on the meta device.
 
     User hooks that are closures are left out of the copy, so that a probe has no side effects.
+
+    Args:
+        model: The live model; only copied.
+        keep_inserted: Whether the copy runs the inserted blocks.
 
     Raises:
         ModelError: The model cannot be deep-copied.
@@ -287,16 +296,16 @@ def meta_copy(model: nn.Module) -> nn.Module:
         ) from error
     for module in twin.modules():
         module.training = False
-        hooks = module._forward_hooks
-        for key in [k for k, hook in hooks.items() if _left_out(hook)]:
-            del hooks[key]
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for key in [k for k, hook in hooks.items() if _left_out(hook, keep_inserted)]:
+                del hooks[key]
     return twin
 
 
-def _left_out(hook: object) -> bool:
+def _left_out(hook: object, keep_inserted: bool) -> bool:
     """Tell the hooks a copy goes without: closures of the user's, and those that run inserted blocks."""
     if getattr(hook, HOOK_MARK, False):
-        return True
+        return not keep_inserted
     return isinstance(hook, types.FunctionType) and hook.__closure__ is not None
 
 
@@ -310,7 +319,9 @@ def _to_meta(tensor: Tensor) -> Tensor:
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from (p for p in module._parameters.values() if p is not None)
     yield from (b for b in module._buffers.values() if b is not None)
-    plain = {k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")}
+    plain = {
+        k: v for k, v in vars(module).items() if k not in ("_parameters", "_buffers", "_modules")
+    }
     for value in plain.values():
         if isinstance(value, Tensor | list | tuple | dict):
             yield from (t for _, t in flatten_output(value))
@@ -333,32 +344,92 @@ def probe(
         ModelError: The model cannot be run on such an input.
     """
     twin = meta_copy(model)
-    if example_input is not None:
-        args, kwargs = _as_call(example_input)
-        trace = _attempt(twin, args, kwargs)
-        if isinstance(trace, Exception):
-            raise ModelError(
-                f"{type(model).__name__} does not run on example_input: {_brief(trace)}"
-            ) from trace
-        return Probe(trace, _second(twin, trace) if len(args) == 1 and not kwargs else None)
-    sizes = candidate_sizes(model, input_size)
-    prefixes = ["", *(name for name in ("backbone",) if hasattr(model, name))]
-    errors = []
-    for prefix in prefixes:
-        part = twin.get_submodule(prefix)
-        for size in sizes:
-            trace = _attempt(part, (torch.empty((2, *size), device="meta"),), {})
-            if isinstance(trace, Trace):
-                _rename(trace, prefix)
-                second = _second(part, trace)
-                if second is not None:
-                    _rename(second, prefix)
-                return Probe(trace, second, prefix)
-            errors.append(f"{size}: {_brief(trace)}")
+    part, prefix, args, kwargs, trace = _first_that_runs(twin, model, input_size, example_input)
+    image_alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
+    second = _second(part, trace) if image_alone else None
+    for found in (trace, second):
+        if found is not None:
+            _rename(found, prefix)
+    return Probe(trace, second, prefix)
+
+
+_Attempt = tuple[nn.Module, str, tuple[Any, ...], dict[str, Any]]
+
+
+def _first_that_runs(
+    twin: nn.Module,
+    model: nn.Module,
+    input_size: Sequence[int] | None,
+    example_input: object | None,
+    also: Sequence[str] = (),
+) -> tuple[nn.Module, str, tuple[Any, ...], dict[str, Any], Trace]:
+    """Try the likely inputs in order. Returns what ran, its prefix, its input and the trace."""
+    errors: list[str] = []
+    for part, prefix, args, kwargs in _inputs(twin, model, input_size, example_input):
+        start = f"{prefix}." if prefix else ""
+        inside = [fqn.removeprefix(start) for fqn in also if fqn.startswith(start)]
+        try:
+            return part, prefix, args, kwargs, record(part, args, kwargs, inside)
+        except Exception as error:
+            shape = next((tuple(t.shape) for _, t in flatten_output((args, kwargs))), ())
+            errors.append(f"{prefix or 'model'} on {shape}: {_brief(error)}")
+    given = "example_input" if example_input is not None else "the input sizes tried"
     raise ModelError(
-        f"{type(model).__name__} runs on none of the input sizes tried ({'; '.join(errors[:3])}): "
-        f"give input_size=(C, H, W) or example_input="
+        f"{type(model).__name__} does not run on {given} ({'; '.join(errors[:3])}); "
+        f"give input_size=(C, H, W) or example_input= as it is called with"
     )
+
+
+def _inputs(
+    twin: nn.Module, model: nn.Module, input_size: Sequence[int] | None, example: object | None
+) -> Iterator[_Attempt]:
+    if example is not None:
+        yield twin, "", *_as_call(example)
+        return
+    prefixes = [
+        "",
+        *(name for name in ("backbone",) if isinstance(getattr(model, name, None), nn.Module)),
+    ]
+    for size in candidate_sizes(model, input_size):
+        for prefix in prefixes:
+            args = (torch.empty((2, *size), device="meta"),)
+            yield twin.get_submodule(prefix), prefix, args, {}
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """What a run of an operated meta copy showed.
+
+    Attributes:
+        calls: How many times each watched block ran.
+        trace: The recorded forward.
+    """
+
+    calls: dict[str, int]
+    trace: Trace
+
+
+def run_meta(
+    twin: nn.Module,
+    input_size: Sequence[int] | None,
+    example_input: object | None,
+    watch: Sequence[str],
+) -> Watched:
+    """Run an operated meta copy and watch its inserted blocks.
+
+    Args:
+        twin: A meta copy that holds the blocks.
+        input_size: As in :func:`probe`.
+        example_input: As in :func:`probe`.
+        watch: Paths of the blocks.
+
+    Raises:
+        ModelError: It does not run on such an input.
+    """
+    _, prefix, _, _, trace = _first_that_runs(twin, twin, input_size, example_input, watch)
+    _rename(trace, prefix)
+    counts = trace.num_calls()
+    return Watched({fqn: counts.get(fqn, 0) for fqn in watch}, trace)
 
 
 def _rename(trace: Trace, prefix: str) -> None:
@@ -384,13 +455,6 @@ def _as_call(example: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (convert(example),), {}
 
 
-def _attempt(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Trace | Exception:
-    try:
-        return record(model, args, kwargs)
-    except Exception as error:
-        return error
-
-
 def _brief(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:160]}"
@@ -402,19 +466,16 @@ def _second(twin: nn.Module, first: Trace) -> Trace | None:
     if len(shape) < 4:
         return None
     size = (*shape[:-2], 2 * shape[-2], 3 * shape[-1])
-    trace = _attempt(twin, (torch.empty(size, device="meta"),), {})
-    if isinstance(trace, Exception):
-        resize = getattr(twin, "set_input_size", None)
-        if resize is None:
-            return None
-        try:
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                resize(img_size=size[-2:])
-        except Exception:
-            return None
-        trace = _attempt(twin, (torch.empty(size, device="meta"),), {})
-    return trace if isinstance(trace, Trace) else None
+    with contextlib.suppress(Exception):
+        return record(twin, (torch.empty(size, device="meta"),), {})
+    resize = getattr(twin, "set_input_size", None)
+    if resize is None:
+        return None
+    with contextlib.suppress(Exception), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        resize(img_size=size[-2:])
+        return record(twin, (torch.empty(size, device="meta"),), {})
+    return None
 
 
 def candidate_sizes(model: nn.Module, input_size: Sequence[int] | None) -> list[tuple[int, ...]]:
@@ -468,4 +529,3 @@ def _first_projection(model: nn.Module) -> tuple[int, bool]:
         if isinstance(module, nn.Conv2d):
             return module.in_channels, False
     return 3, False
-

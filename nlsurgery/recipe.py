@@ -241,7 +241,10 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
     for item in error.errors(include_url=False):
         keys = [key for key in item["loc"] if isinstance(key, int) or not _is_union_tag(str(key))]
         where = "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in keys).lstrip(".")
-        if item["type"] == "extra_forbidden":
+        if "after" in keys:
+            where = where[: where.index("after") + len("after")]
+            text = f"must be {_AFTER}, but got {_shorten(item['input'])}"
+        elif item["type"] == "extra_forbidden":
             known = _fields_at(model, keys)
             hint = close_names(str(keys[-1]), known)
             text = f"is no known field{hint}; allowed: {', '.join(known)}"
@@ -250,7 +253,11 @@ def _explain(error: ValidationError, model: type[BaseModel]) -> str:
         else:
             text = f"{item['msg'][:1].lower()}{item['msg'][1:]}, but got {_shorten(item['input'])}"
         lines.setdefault(where, []).append(text)
-    return "; ".join(f"{where} {' or '.join(texts)}" for where, texts in lines.items())
+    return "; ".join(f"{where} {' or '.join(dict.fromkeys(t))}" for where, t in lines.items())
+
+
+#: What ``after`` takes, for errors: pydantic's own would list every member of the union.
+_AFTER = "all, last, before_last, a block index, a list of indices, {every: n} or {depth: fraction}"
 
 
 def _is_union_tag(key: str) -> bool:

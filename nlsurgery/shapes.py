@@ -50,8 +50,12 @@ class Hints:
 
 
 def read_feature(
-    first: Shape, inputs: Shape, second: Shape | None, inputs2: Shape | None,
-    sizes: Shape | None = None, hints: Hints = Hints(),  # noqa: B008 - frozen
+    first: Shape,
+    inputs: Shape,
+    second: Shape | None,
+    inputs2: Shape | None,
+    sizes: Shape | None = None,
+    hints: Hints = Hints(),  # noqa: B008 - frozen
 ) -> Feature | None:
     """Read layout, channels, size and stride of a feature map off its shapes.
 
@@ -87,7 +91,7 @@ def _from_two(
     if grows in ("n1", "1n"):
         axis = 1 if grows == "n1" else 2
         grid = _token_grids(first[axis], inputs, second[axis], inputs2, sizes)
-        return None if grid is None else _tokens(first, axis, *grid, inputs)
+        return None if grid is None else _tokens(first, axis, *grid)
     if len(set(first[1:])) == 1 or "?" in grows:
         return None
     return None
@@ -138,7 +142,8 @@ def _token_grids(
     for prefix in candidates:
         for grid in _grids(length - prefix, inputs):
             later = [
-                g for g in _grids(length2 - prefix, inputs2)
+                g
+                for g in _grids(length2 - prefix, inputs2)
                 if _growth(grid[-2], g[-2]) in "h" and _growth(grid[-1], g[-1]) in "w"
             ]
             if later:
@@ -163,9 +168,10 @@ def _grids(num_tokens: int, inputs: Shape) -> Iterator[Shape]:
             yield (depth, height, width) if len(inputs) == 5 else (height, width)
 
 
-def _tokens(first: Shape, axis: int, prefix: int, grid: Shape, reduction: int, inputs: Shape) -> Feature:
-    kind = "NLC" if axis == 1 else "NCL"
-    layout = Layout(kind, num_prefix_tokens=prefix, grid=grid)
+def _tokens(first: Shape, axis: int, prefix: int, grid: Shape, reduction: int) -> Feature:
+    if axis == 2:
+        return Feature(Layout("NCL"), first[1], grid, reduction)
+    layout = Layout("NLC", num_prefix_tokens=prefix, grid=grid)
     return Feature(layout, first[3 - axis], grid, reduction)
 
 
@@ -201,9 +207,9 @@ def _tokens_from_one(
         length = first[axis]
         if sizes is not None and 0 <= length - math.prod(sizes) < _MAX_PREFIX:
             reduction = _reduction(sizes[-2], inputs[-2])
-            return _tokens(first, axis, length - math.prod(sizes), sizes, reduction, inputs)
+            return _tokens(first, axis, length - math.prod(sizes), sizes, reduction)
         for prefix in dict.fromkeys((*known, 0, 1, 2, 5)):
             for grid in _grids(length - prefix, inputs):
                 reduction = _reduction(grid[-2], inputs[-2])
-                return _tokens(first, axis, prefix, grid, reduction, inputs)
+                return _tokens(first, axis, prefix, grid, reduction)
     return None

@@ -192,7 +192,9 @@ def _merge(tree: CallTree, groups: list[_Group]) -> Iterator[_Group]:
 def _prune(tree: CallTree, groups: list[_Group]) -> list[_Group]:
     """Leave out stems, down-samplers and heads: what is no stage of its own."""
     owners = {
-        (_path_parent(tree, g), _container_kind(tree, g)) for g in groups if not g.plain and not g.lone
+        (_path_parent(tree, g), _container_kind(tree, g))
+        for g in groups
+        if not g.plain and not g.lone
     }
     kept: list[_Group] = []
     last = max((i for i, g in enumerate(groups) if not g.plain), default=-1)

@@ -141,7 +141,9 @@ class CallTree:
     def _has_block(self) -> list[bool]:
         found = [False] * len(self.trace.calls)
         for call in reversed(self.trace.calls):
-            if self.is_block(call) or any(found[k.index] for k in self.children.get(call.index, ())):
+            if self.is_block(call) or any(
+                found[k.index] for k in self.children.get(call.index, ())
+            ):
                 found[call.index] = True
         return found
 

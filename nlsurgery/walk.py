@@ -12,6 +12,9 @@ from nlsurgery.errors import ModelError
 #: The name under which inserted blocks live in their host module.
 CHILD_NAME = "nlsurgery"
 
+#: Keys and indices that lead to one tensor in a module's output; ``()`` is the output itself.
+OutputPath = tuple[int | str, ...]
+
 #: The attribute that marks nlsurgery's own forward hooks.
 HOOK_MARK = "__nlsurgery_hook__"
 

@@ -20,7 +20,7 @@ SOFTMAX_MODES = ("gaussian", "embedded_gaussian")
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast does not lower the dtype of the pairwise maths."""
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 

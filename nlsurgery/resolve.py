@@ -1,0 +1,363 @@
+"""Recipe entries become insertion points: every selector matches exactly, or it is an error."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from nlsurgery.errors import ModelError, SelectorError, close_names
+from nlsurgery.probe import Call
+from nlsurgery.recipe import Recipe
+from nlsurgery.schema import Depth, Every, InsertEntry
+from nlsurgery.shapes import Feature
+from nlsurgery.sites import Site, find_hook
+from nlsurgery.stages import Anatomy, Stage, stage_at
+from nlsurgery.tree import CallTree, iterates_children
+from nlsurgery.walk import OutputPath
+
+
+@dataclass(frozen=True, slots=True)
+class InsertionPoint:
+    """One place for one block.
+
+    Attributes:
+        where: The recipe entry, for errors: ``recipes/x.yaml: inserts[1]``.
+        entry: The entry itself.
+        stage: Name of the stage.
+        block: fqn of the residual block.
+        at: ``output``, or the sub-module's path in the block.
+        site: The host and how its output is laid out.
+        feature: The feature map there.
+    """
+
+    where: str
+    entry: InsertEntry
+    stage: str
+    block: str
+    at: str
+    site: Site
+    feature: Feature
+
+
+def resolve(anatomy: Anatomy, recipe: Recipe) -> tuple[InsertionPoint, ...]:
+    """Find the places a recipe names in a model.
+
+    Args:
+        anatomy: The model's stages.
+        recipe: The recipe.
+
+    Raises:
+        SelectorError: An entry matches nothing, or a place that cannot take a block.
+    """
+    points: list[InsertionPoint] = []
+    for index, entry in enumerate(recipe.inserts):
+        where = f"{recipe.origin}: inserts[{index}]"
+        stage = _find_stage(anatomy, entry, where)
+        for number in _block_numbers(entry, stage, where):
+            points.append(_point(anatomy.tree, entry, stage, number, where))
+    _check_occupied(anatomy.tree, points)
+    return tuple(points)
+
+
+def _find_stage(anatomy: Anatomy, entry: InsertEntry, where: str) -> Stage:
+    wanted = str(entry.stage)
+    for stage in anatomy.stages:
+        if wanted == stage.name or wanted in stage.aliases:
+            return stage
+    tree = anatomy.tree
+    fqn = _module_path(tree, wanted)
+    if fqn is not None and fqn in tree.by_fqn:
+        stage_here = stage_at(tree, fqn)
+        if stage_here is not None:
+            return stage_here
+        raise SelectorError(
+            f"{where}.stage {wanted!r} is a module of {anatomy.model}, but {_why_not(tree, fqn)}; "
+            f"name one of its stages: {_stage_names(anatomy)}"
+        )
+    if fqn is not None:
+        raise SelectorError(
+            f"{where}.stage {wanted!r} is a module of {anatomy.model} that its forward does not call; "
+            f"name one of: {_stage_names(anatomy)}"
+        )
+    known = [name for stage in anatomy.stages for name in (stage.name, *stage.aliases)]
+    raise SelectorError(
+        f"{where}.stage {wanted!r} is no stage of {anatomy.model}"
+        f"{close_names(wanted, [*known, *tree.by_fqn])}; its stages: {_stage_names(anatomy)}. "
+        f"See: nlsurgery inspect"
+    )
+
+
+def _why_not(tree: CallTree, fqn: str) -> str:
+    call = tree.by_fqn[fqn]
+    if tree.counts[fqn] != 1:
+        return f"it is called {tree.counts[fqn]} times a forward"
+    if tree.feature(call) is None:
+        shapes = ", ".join(str(out.shape) for out in call.outputs) or "no tensor"
+        return f"it returns no feature map that can be told apart ({shapes})"
+    return "it holds several stages"
+
+
+def _stage_names(anatomy: Anatomy) -> str:
+    if not anatomy.stages:
+        return "none was found"
+    return ", ".join(
+        "/".join((s.name, *(a for a in s.aliases if a.startswith("res")), s.fqn))
+        for s in anatomy.stages
+    )
+
+
+def _module_path(tree: CallTree, wanted: str) -> str | None:
+    if wanted in tree.modules and wanted:
+        return wanted
+    flat = wanted.replace(".", "_")
+    matches = [fqn for fqn in tree.modules if fqn and fqn.replace(".", "_") == flat]
+    return matches[0] if len(matches) == 1 else None
+
+
+def _block_numbers(entry: InsertEntry, stage: Stage, where: str) -> list[int]:
+    count = len(stage.blocks)
+    after = entry.after
+    if after == "all":
+        return list(range(count))
+    if after == "last":
+        return [count - 1]
+    if after == "before_last":
+        if count < 2:
+            raise SelectorError(
+                f"{where}.after 'before_last': stage {entry.stage!r} ({stage.fqn}) has one block only; "
+                f"use 'last'"
+            )
+        return [count - 2]
+    if isinstance(after, Every):
+        numbers = list(range(after.every - 1, count, after.every))
+        if not numbers:
+            raise SelectorError(
+                f"{where}.after {{every: {after.every}}} matches nothing: stage {entry.stage!r} "
+                f"({stage.fqn}) has {count} blocks"
+            )
+        return numbers
+    if isinstance(after, Depth):
+        fractions = after.depth if isinstance(after.depth, list) else [after.depth]
+        return [max(0, math.ceil(fraction * count - 1e-9) - 1) for fraction in fractions]
+    asked = [after] if isinstance(after, int) else list(after)
+    for number in asked:
+        if not -count <= number < count:
+            raise SelectorError(
+                f"{where}.after {number}: stage {entry.stage!r} ({stage.fqn}) has {count} "
+                f"block{'s' if count > 1 else ''}, indices 0 to {count - 1} (or {-count} to -1)"
+            )
+    return [number % count for number in asked]
+
+
+def _point(
+    tree: CallTree, entry: InsertEntry, stage: Stage, number: int, where: str
+) -> InsertionPoint:
+    block = stage.blocks[number]
+    call = tree.by_fqn[block]
+    at = "output"
+    guard: str | None = None
+    if entry.at != "output":
+        at = _inner_path(tree, block, entry, where)
+        guard, call = block, tree.by_fqn[f"{block}.{at}"]
+    feature, path = _feature_at(tree, call, entry, where)
+    host, owner = (call.fqn, None) if guard is not None else _host(tree, call)
+    _check_calls(tree, host, where)
+    if not entry.allow_dead:
+        _check_live(tree, call, path, feature, where)
+    site = Site(host, owner, guard, feature.layout, path)
+    return InsertionPoint(where, entry, stage.name, block, at, site, feature)
+
+
+def _feature_at(
+    tree: CallTree, call: Call, entry: InsertEntry, where: str
+) -> tuple[Feature, OutputPath]:
+    output = tree.main_output(call)
+    if entry.branch is not None:
+        if entry.branch >= len(call.outputs):
+            raise SelectorError(
+                f"{where}.branch {entry.branch}: {call.fqn} returns {len(call.outputs)} tensors"
+            )
+        output = call.outputs[entry.branch]
+    if output is None and call.outputs:
+        raise SelectorError(
+            f"{where}: {call.fqn} returns {len(call.outputs)} feature maps; say which with 'branch: 0' "
+            f"to 'branch: {len(call.outputs) - 1}'"
+        )
+    feature = None if output is None else tree.read(call, output)
+    if output is None or feature is None:
+        raise SelectorError(
+            f"{where}: the output of {call.fqn} is no feature map whose axes can be told apart "
+            f"({', '.join(str(out.shape) for out in call.outputs) or 'no tensor'}); choose another "
+            f"place, or give example_input="
+        )
+    return feature, output.path
+
+
+def _inner_path(tree: CallTree, block: str, entry: InsertEntry, where: str) -> str:
+    prefix = block + "."
+    inside = {
+        fqn.removeprefix(prefix): call
+        for fqn, call in tree.by_fqn.items()
+        if fqn.startswith(prefix)
+    }
+    roles = dict(_roles(tree, block))
+    if entry.at in roles:
+        return roles[entry.at]
+    names = [n for n in inside if n == entry.at] or fnmatch.filter(inside, entry.at)
+    if not names:
+        names = [n for n in inside if fnmatch.fnmatch(f".{n}", entry.at)]
+    if len(names) == 1:
+        return names[0]
+    known = [*roles, *inside]
+    if not names:
+        raise SelectorError(
+            f"{where}.at {entry.at!r} is no sub-module of {block}"
+            f"{close_names(entry.at, known)}; there are: {', '.join(known) or 'none'}"
+        )
+    raise SelectorError(f"{where}.at {entry.at!r} matches several in {block}: {', '.join(names)}")
+
+
+def _roles(tree: CallTree, block: str) -> Iterator[tuple[str, str]]:
+    """Places by role: ``after_conv<k>`` and ``before_add``, on the block's main branch.
+
+    ``after_conv<k>`` is behind the k-th convolution and the normalisation and activation that follow it.
+    """
+    call = tree.by_fqn[block]
+    start = set(call.inputs)
+    chains: list[list[str]] = []
+    node: int | None = None
+    for kid in _leaves(tree, call):
+        weight = getattr(tree.modules[kid.fqn], "weight", None)
+        is_conv = weight is not None and weight.dim() > 2
+        if is_conv and chains and start & set(kid.inputs):
+            node = None  # the shortcut's projection starts from the block's input as well
+        elif is_conv:
+            chains.append([kid.fqn])
+            node = tree.node_of(kid)
+        elif node is not None and kid.inputs == (node,) and tree.is_single(kid):
+            chains[-1].append(kid.fqn)
+            node = tree.node_of(kid)
+        elif node is not None and kid.inputs == (node,):
+            node = None
+    for number, chain in enumerate(chains, start=1):
+        yield f"after_conv{number}", chain[-1].removeprefix(block + ".")
+    if chains:
+        end = tree.node_of(call)
+        last = [fqn for fqn in chains[-1] if tree.node_of(tree.by_fqn[fqn]) != end]
+        if last:
+            yield "before_add", last[-1].removeprefix(block + ".")
+
+
+def _leaves(tree: CallTree, call: Call) -> Iterator[Call]:
+    for kid in tree.children.get(call.index, ()):
+        weight = getattr(tree.modules[kid.fqn], "weight", None)
+        if weight is not None or not tree.children.get(kid.index):
+            yield kid
+        else:
+            yield from _leaves(tree, kid)
+
+
+def _host(tree: CallTree, call: Call) -> tuple[str, str | None]:
+    """Descend from a container to the child that returns its output; else find an owner inside it."""
+    module = tree.modules[call.fqn]
+    while iterates_children(module):
+        node = tree.node_of(call)
+        kids = tree.children.get(call.index, ())
+        inner = [k for k in kids if tree.node_of(k) == node and tree.is_single(k)]
+        if not inner or tree.main_output(inner[-1]) is None:
+            return call.fqn, _owner(tree, call)
+        call = inner[-1]
+        module = tree.modules[call.fqn]
+    return call.fqn, None
+
+
+def _owner(tree: CallTree, call: Call) -> str:
+    for kid in reversed(tree.children.get(call.index, [])):
+        fqn = kid.fqn
+        if not iterates_children(tree.modules[fqn]):
+            return fqn.removeprefix(call.fqn).lstrip(".")
+        return ".".join((fqn.removeprefix(call.fqn).lstrip("."), _owner(tree, kid)))
+    raise SelectorError(f"{call.fqn} is an empty container and cannot take a block")
+
+
+def _check_calls(tree: CallTree, host: str, where: str) -> None:
+    times = tree.counts.get(host, 0)
+    if times == 1:
+        return
+    parent = host.rpartition(".")[0]
+    raise SelectorError(
+        f"{where}: {host} is called {times} times a forward, so a block there would run {times} times; "
+        f"choose 'at: output' of {parent or 'its parent'}, or a module that runs once"
+    )
+
+
+def _check_live(tree: CallTree, call: Call, path: OutputPath, feature: Feature, where: str) -> None:
+    if not is_dead(tree, call, path, feature):
+        return
+    alternative = _nearest_live(tree, call)
+    raise SelectorError(
+        f"{where}: no output of the model depends on the feature map of {call.fqn}, so a block there "
+        f"would never learn (a dead place); the nearest live one is {alternative or 'not known'}. "
+        f"'allow_dead: true' overrides"
+    )
+
+
+def is_dead(tree: CallTree, call: Call, path: OutputPath, feature: Feature) -> bool:
+    """Whether nothing of a feature map reaches an output of the model."""
+    node = next(out.node for out in call.outputs if out.path == path)
+    if not tree.flow.is_live(node):
+        return True
+    prefix = feature.layout.num_prefix_tokens
+    return bool(prefix) and tree.flow.only_prefix_read(node, prefix)
+
+
+def _nearest_live(tree: CallTree, call: Call) -> str | None:
+    for other in reversed(tree.trace.calls[: call.index]):
+        if not tree.is_block(other):
+            continue
+        feature, output = tree.feature(other), tree.main_output(other)
+        if (
+            feature is not None
+            and output is not None
+            and not is_dead(tree, other, output.path, feature)
+        ):
+            return other.fqn
+    return None
+
+
+def _check_occupied(tree: CallTree, points: Sequence[InsertionPoint]) -> None:
+    taken: dict[tuple[str, OutputPath], InsertionPoint] = {}
+    for point in points:
+        key = (point.site.host, point.site.path)
+        if key in taken and not point.entry.stack:
+            raise SelectorError(
+                f"{point.where} names the place that {taken[key].where.rpartition(': ')[2]} has "
+                f"already ({point.block}, at {point.at}); 'stack: true' puts one block on another"
+            )
+        taken[key] = point
+        host = tree.modules[point.site.host]
+        if find_hook(host) is not None and not point.entry.stack:
+            raise SelectorError(
+                f"{point.where}: {point.site.host} holds an inserted block already; 'stack: true' puts "
+                f"another on it, nlsurgery.remove(model) takes them out"
+            )
+
+
+def check_float(model: nn.Module) -> None:
+    """Refuse hosts of quantised models.
+
+    Raises:
+        ModelError: The model computes in integers.
+    """
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith(
+            ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+        ):
+            raise ModelError(
+                f"{type(model).__name__} is quantised ({name} is {type(module).__name__}): operate on "
+                f"the float model, then quantise it"
+            )

@@ -1,0 +1,234 @@
+"""The operations: inspect, plan, apply, verify, disable, remove."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from nlsurgery.errors import ModelError, VerifyError
+from nlsurgery.flow import Flow
+from nlsurgery.planning import Plan, build_block, make_plan, make_record
+from nlsurgery.probe import Trace, meta_copy, probe, run_meta
+from nlsurgery.recipe import RecipeLike, load_recipe
+from nlsurgery.reporting import inserted_blocks, require_operated
+from nlsurgery.splice import Inserted, hosts, splice, withdraw_all
+from nlsurgery.stages import Anatomy, find_stages
+from nlsurgery.tree import CallTree
+from nlsurgery.walk import check_operable
+
+
+def inspect(
+    model: nn.Module,
+    *,
+    input_size: Sequence[int] | None = None,
+    example_input: object | None = None,
+) -> Anatomy:
+    """Find the stages of a model, their blocks, and every name they go by.
+
+    Args:
+        model: Any backbone, or a model that holds one; only looked at.
+        input_size: (H, W), (C, H, W) or (C, T, H, W) without the batch; read off the model when None.
+        example_input: What the model is called with, batch included: a tensor, a tuple of positional
+            or a dict of keyword arguments; overrides ``input_size``.
+
+    Raises:
+        ModelError: The model is wrapped, compiled or scripted, or does not run on such an input.
+    """
+    checked = check_operable(model)
+    return find_stages(CallTree(checked, probe(checked, input_size, example_input)))
+
+
+def plan(
+    model: nn.Module,
+    recipe: RecipeLike,
+    *,
+    input_size: Sequence[int] | None = None,
+    example_input: object | None = None,
+) -> Plan:
+    """Say exactly what :func:`apply` would do, and what it would cost. Changes nothing.
+
+    Args:
+        model: As in :func:`inspect`.
+        recipe: A path, the name of a packaged recipe, or a mapping.
+        input_size: As in :func:`inspect`.
+        example_input: As in :func:`inspect`.
+
+    Raises:
+        RecipeError: The recipe cannot be read, is not valid, or names a place that cannot be.
+        ModelError: As in :func:`inspect`.
+    """
+    loaded = load_recipe(recipe)
+    anatomy = inspect(model, input_size=input_size, example_input=example_input)
+    made = make_plan(model, anatomy, loaded)
+    _rehearse(model, made, example_input)
+    return made
+
+
+def apply(
+    model: nn.Module,
+    recipe: RecipeLike,
+    *,
+    input_size: Sequence[int] | None = None,
+    example_input: object | None = None,
+) -> nn.Module:
+    """Insert a recipe's blocks into a model, in place; on any error the model is as it was.
+
+    The blocks are the identity at init, every original key keeps its name and value, and each block
+    takes the device, dtype and train/eval mode of its host. The global random state is not advanced.
+
+    Args:
+        model: As in :func:`inspect`; changed in place.
+        recipe: A path, the name of a packaged recipe, or a mapping.
+        input_size: As in :func:`inspect`.
+        example_input: As in :func:`inspect`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        RecipeError: As in :func:`plan`.
+        ModelError: As in :func:`inspect`.
+    """
+    made = plan(model, recipe, input_size=input_size, example_input=example_input)
+    order = 1 + max(
+        (record.order for _, _, inserted in hosts(model) for record in inserted.records), default=-1
+    )
+    work = []
+    with torch.random.fork_rng(devices=[]):
+        for point in made.points:
+            host = model.get_submodule(point.site.host)
+            like = _representative(model, point.site.host)
+            block = build_block(point).to(device=like.device, dtype=like.dtype)
+            block.train(host.training)
+            work.append((point.site, block, make_record(point, made, order)))
+    splice(model, work)
+    return model
+
+
+def remove(model: nn.Module) -> nn.Module:
+    """Take every inserted block out: the original model is back, exactly.
+
+    Args:
+        model: An operated model; changed in place. An original model stays as it is.
+
+    Returns:
+        The same model.
+    """
+    check_operable(model)
+    withdraw_all(model)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Run a model as the original inside a ``with`` block.
+
+    Args:
+        model: An operated model.
+    """
+    check_operable(model)
+    found: list[tuple[Inserted, bool]] = [(ins, ins.active) for _, _, ins in hosts(model)]
+    for inserted, _ in found:
+        inserted.active = False
+    try:
+        yield model
+    finally:
+        for inserted, was in found:
+            inserted.active = was
+
+
+def verify(
+    model: nn.Module,
+    *,
+    input_size: Sequence[int] | None = None,
+    example_input: object | None = None,
+) -> None:
+    """Prove that every inserted block runs exactly once a forward and matters to the output.
+
+    A meta copy of the model is run, with its hooks: the live model is not touched.
+
+    Args:
+        model: An operated model.
+        input_size: As in :func:`inspect`; by default the size it was operated at.
+        example_input: As in :func:`inspect`.
+
+    Raises:
+        ModelError: Nothing is inserted, or the model does not run on such an input.
+        VerifyError: A block does not run, runs more than once, or no output depends on it.
+    """
+    require_operated(model)
+    if input_size is None and example_input is None:
+        records = [record for _, _, inserted in hosts(model) for record in inserted.records]
+        input_size = records[-1].input_size
+    blocks = tuple(inserted_blocks(model))
+    twin = meta_copy(model, keep_inserted=True)
+    traced = run_meta(twin, input_size, example_input, watch=blocks)
+    problems = []
+    for fqn in blocks:
+        times = traced.calls.get(fqn, 0)
+        if times == 0:
+            problems.append(f"{fqn} does not run: its host is no longer called, or lost its hook")
+        elif times > 1:
+            problems.append(f"{fqn} runs {times} times a forward")
+        elif not is_block_live(traced.trace, fqn):
+            problems.append(f"{fqn} runs, but no output of the model depends on it")
+    if problems:
+        raise VerifyError(f"{type(model).__name__}: " + "; ".join(problems))
+
+
+def is_block_live(trace: Trace, fqn: str) -> bool:
+    """Whether an output of the model depends on what an inserted block returned.
+
+    Args:
+        trace: A forward of the operated model that recorded the block.
+        fqn: The block's path.
+    """
+    flow = Flow(trace)
+    call = next(call for call in trace.calls if call.fqn == fqn)
+    return any(flow.is_live(out.node) for out in call.outputs)
+
+
+def _rehearse(model: nn.Module, made: Plan, example_input: object | None) -> None:
+    """Operate on a meta copy first: each block must run once and leave shapes as they were."""
+    twin = meta_copy(model)
+    withdraw_all(twin)
+    with torch.device("meta"):
+        work = []
+        for point in made.points:
+            block = build_block(point)
+            like = _representative(twin, point.site.host)
+            work.append((point.site, block.to(dtype=like.dtype), make_record(point, made, 0)))
+    splice(twin, work)
+    blocks = tuple(inserted_blocks(twin))
+    twin.eval()
+    try:
+        traced = run_meta(twin, made.input_size, example_input, watch=blocks)
+    except ModelError as error:
+        raise ModelError(
+            f"{made.model} does not run with the blocks of {made.source.origin} in place: {error}"
+        ) from error
+    for fqn in blocks:
+        times = traced.calls.get(fqn, 0)
+        if times != 1:
+            host = fqn.rpartition(".nlsurgery.")[0]
+            raise ModelError(
+                f"{made.source.origin}: a block at {host} would run {times} times a forward, because "
+                f"{made.model} calls the children of {host} itself; choose another place (see: "
+                f"nlsurgery inspect)"
+            )
+
+
+def _representative(model: nn.Module, host: str) -> Tensor:
+    """The parameter whose device and dtype a block at ``host`` takes: the nearest floating one."""
+    path = host
+    while True:
+        module = model.get_submodule(path)
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point():
+                return tensor
+        if not path:
+            return torch.empty(0)
+        path = path.rpartition(".")[0]
