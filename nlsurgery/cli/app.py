@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from typing import Annotated
 
 import typer
 
+import nlsurgery
 from nlsurgery.cli.apply import apply
 from nlsurgery.cli.attend import attend
 from nlsurgery.cli.command import join_sizes, reporting_errors
@@ -28,7 +28,7 @@ app = typer.Typer(
 
 def _print_version(value: bool) -> None:
     if value:
-        typer.echo(f"nlsurgery {metadata.version('nlsurgery')}")
+        typer.echo(f"nlsurgery {nlsurgery.__version__}")
         raise typer.Exit
 
 

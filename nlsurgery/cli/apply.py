@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -21,9 +20,6 @@ from nlsurgery.cli.options import (
 )
 from nlsurgery.errors import CheckpointError
 from nlsurgery.tables import count_text
-
-if TYPE_CHECKING:
-    from torch import nn
 
 OutOption = Annotated[
     Path, typer.Option("--out", metavar="OUT", help="The safetensors file to write.")
@@ -62,7 +58,8 @@ def apply(
 
     network = load_plain(model, checkpoint, pretrained=pretrained, num_classes=num_classes)
     nlsurgery.apply(network, recipe, input_size=sizes)
-    save_whole(network, out, inserted_only=inserted_only)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    nlsurgery.save(network, out, inserted_only=inserted_only)
     report = nlsurgery.report(network)
     if json:
         console.print_json({"out": str(out), **report.to_dict()})
@@ -90,22 +87,3 @@ def check_target(out: Path, checkpoint: Path | None, *, overwrite: bool) -> None
         raise CheckpointError(
             f"--out {out} exists; add --overwrite to replace it, or name another file"
         )
-
-
-def save_whole(network: nn.Module, out: Path, *, inserted_only: bool) -> None:
-    """Write the operated model to ``out`` in one step: all of it, or nothing.
-
-    Args:
-        network: The operated model.
-        out: The file to write; missing folders above it are made.
-        inserted_only: Keep the inserted parameters and buffers alone.
-    """
-    import nlsurgery
-
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
-    try:
-        nlsurgery.save(network, partial, inserted_only=inserted_only)
-        partial.replace(out)
-    finally:
-        partial.unlink(missing_ok=True)

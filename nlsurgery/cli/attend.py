@@ -87,7 +87,6 @@ def attend(
     views = [view_of(model, photo, sizes) for photo in photos]
     points = [[view.relative(x, y) for x, y in asked] for view in views]
     names = distinct_names(images)
-    out.mkdir(parents=True, exist_ok=True)
     results = [
         _draw(model, path, view, chosen or grid_points(grid or 2), out / name)
         for path, view, chosen, name in zip(images, views, points, names, strict=True)

@@ -1,4 +1,4 @@
-"""What every command shares: ``--debug``, one clear message per error, ``--input-size`` as numbers."""
+"""What every command shares: ``--debug``, one clear message per error, sizes as numbers."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,7 @@ from nlsurgery.errors import CheckpointError, DataError
 
 if TYPE_CHECKING:
     from PIL import Image
-    from torch import nn
+    from torch import Tensor, nn
 
     from nlsurgery.viz.images import View
 
@@ -23,14 +24,29 @@ def load_plain(
         ModelError: No such model.
         CheckpointError: The checkpoint cannot be read, or is of another model.
     """
-    from nlsurgery.checkpoint import load_state_dict, read_state_dict
+    from nlsurgery.checkpoint import load_tensors, read_state_dict
     from nlsurgery.integrations.hub import create_model
 
-    state = None if checkpoint is None else read_state_dict(checkpoint)
+    tensors = None if checkpoint is None else read_state_dict(checkpoint)
     network = create_model(model, num_classes=num_classes, pretrained=pretrained)
-    if state is not None:
-        load_state_dict(network, state)
+    if tensors is not None:
+        try:
+            load_tensors(network, tensors, str(checkpoint))
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}{_classifier_hint(network, tensors)}") from error
     return network
+
+
+def _classifier_hint(network: nn.Module, tensors: Mapping[str, Tensor]) -> str:
+    """Name the option to give where a checkpoint differs by the size of its classifier alone."""
+    own = network.state_dict()
+    if set(own) != set(tensors):
+        return ""
+    other = [key for key in own if own[key].shape != tensors[key].shape]
+    if any(own[key].shape[1:] != tensors[key].shape[1:] for key in other):
+        return ""
+    sizes = {tensors[key].shape[0] for key in other}
+    return f"; for its classifier give --num-classes {sizes.pop()}" if len(sizes) == 1 else ""
 
 
 def load_operated(
@@ -54,27 +70,30 @@ def load_operated(
         SurgeryError: The pieces do not fit together; the message says which is missing.
     """
     import nlsurgery
-    from nlsurgery.checkpoint import load_state_dict, read_state_dict
+    from nlsurgery.checkpoint import load_tensors, read_state_dict
     from nlsurgery.integrations.hub import create_model
+    from nlsurgery.reporting import is_inserted_key
 
-    state = None if checkpoint is None else read_state_dict(checkpoint)
-    operated = state is not None and any(".nlsurgery." in f".{key}" for key in state)
-    if recipe is None and not operated:
+    tensors = {} if checkpoint is None else read_state_dict(checkpoint)
+    inserted = [key for key in tensors if is_inserted_key(key)]
+    if not inserted:
+        if recipe is None:
+            raise CheckpointError(
+                f"{checkpoint or model} has no inserted blocks to look at: give --recipe NAME, or "
+                "as --checkpoint a file that nlsurgery saved"
+            )
+        network = load_plain(model, checkpoint, pretrained=pretrained, num_classes=num_classes)
+        return nlsurgery.apply(network, recipe)
+    if len(inserted) == len(tensors) and not pretrained:
         raise CheckpointError(
-            f"{model} has no inserted blocks to look at: give --recipe NAME, or as --checkpoint a "
-            "file that nlsurgery saved"
+            f"{checkpoint} holds the inserted blocks alone; give a file with the whole model, or "
+            "--pretrained for the library's weights under them"
         )
     network = create_model(model, num_classes=num_classes, pretrained=pretrained)
-    if state is not None and operated and recipe is None:
-        assert checkpoint is not None
-        nlsurgery.load(network, checkpoint)
-    elif state is not None and operated:
-        nlsurgery.apply(network, recipe)
-        load_state_dict(network, state)
-    else:
-        if state is not None:
-            load_state_dict(network, state)
-        nlsurgery.apply(network, recipe)
+    if recipe is None:
+        return nlsurgery.load(network, str(checkpoint))
+    nlsurgery.apply(network, recipe)
+    load_tensors(network, tensors, str(checkpoint))
     return network
 
 

@@ -114,9 +114,8 @@ def _title(figure: Figure, rows: AttentionRows) -> None:
     left, top = GAP / width, 1 - 0.1 / height
     queries, keys = (f"{high}×{wide}" for high, wide in (rows.query_size, rows.key_size))
     details = f"{rows.type}: {queries} queries, {keys} keys"
-    style = {"va": "top", "ha": "left"}
-    figure.text(left, top, rows.fqn, size=10, weight="bold", color=INK, **style)
-    figure.text(left, top - 0.2 / height, details, size=8, color=FAINT, **style)
+    figure.text(left, top, rows.fqn, size=10, weight="bold", color=INK, va="top")
+    figure.text(left, top - 0.2 / height, details, size=8, color=FAINT, va="top")
 
 
 def _draw_image(ax: Axes, display: Image.Image, points: Sequence[tuple[float, float]]) -> None:
@@ -234,8 +233,16 @@ def _mark(ax: Axes, point: tuple[float, float], index: int, *, label: bool) -> N
         zorder=5,
     )
     if label:
-        style = {"ha": "center", "va": "center_baseline", "size": 6.5, "weight": "bold"}
-        ax.text(*point, str(index + 1), color=INK, zorder=6, **style)
+        ax.text(
+            *point,
+            str(index + 1),
+            color=INK,
+            zorder=6,
+            ha="center",
+            va="center_baseline",
+            size=6.5,
+            weight="bold",
+        )
 
 
 def _frame(ax: Axes, caption: str) -> None:

@@ -1,32 +1,31 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 import typer
 
+import nlsurgery
 from nlsurgery.cli import console
 from nlsurgery.cli.app import main
 from nlsurgery.cli.command import join_sizes
 from nlsurgery.cli.options import parse_input_size
 
-COMMANDS = ("inspect", "plan", "apply", "recipes", "finetune", "attend")
+Run = Callable[..., int]
+COMMANDS = ("inspect", "plan", "apply", "recipes", "attend")
 
 
-def run(*args: str) -> int:
-    with pytest.raises(SystemExit) as ended:
-        main(args)
-    return int(ended.value.code or 0)
-
-
-def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str], run: Run) -> None:
     assert run("--help") == 0
     shown = capsys.readouterr().out
     assert [name for name in COMMANDS if name not in shown] == []
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_has_help_and_debug(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_command_has_help_and_debug(
+    command: str, capsys: pytest.CaptureFixture[str], run: Run
+) -> None:
     assert run(command, "--help") == 0
     assert "--debug" in capsys.readouterr().out
 
@@ -47,15 +46,9 @@ def test_help_loads_no_torch() -> None:
     assert "LOADED []" in shown.stdout
 
 
-def test_version_is_the_package_s_own(capsys: pytest.CaptureFixture[str]) -> None:
-    from importlib import metadata
-
-    try:
-        expected = metadata.version("nlsurgery")
-    except metadata.PackageNotFoundError:
-        expected = "unknown"
+def test_version_is_the_package_s_own(capsys: pytest.CaptureFixture[str], run: Run) -> None:
     assert run("--version") == 0
-    assert capsys.readouterr().out.strip() == f"nlsurgery {expected}"
+    assert capsys.readouterr().out.strip() == f"nlsurgery {nlsurgery.__version__}"
 
 
 def test_module_runs_as_the_command() -> None:
@@ -69,7 +62,7 @@ def test_module_runs_as_the_command() -> None:
     assert "attend" in shown.stdout
 
 
-def test_error_is_one_message_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_is_one_message_on_stderr(capsys: pytest.CaptureFixture[str], run: Run) -> None:
     assert run("inspect", "timm/resnet5") == 1
     shown = capsys.readouterr()
     assert shown.out == ""
@@ -85,7 +78,7 @@ def test_debug_lets_the_error_through() -> None:
 
 
 def test_unexpected_error_names_its_type(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, run: Run
 ) -> None:
     import nlsurgery.recipe
 
@@ -97,7 +90,7 @@ def test_unexpected_error_names_its_type(
     assert capsys.readouterr().err.startswith("error: ZeroDivisionError: division by zero\n")
 
 
-def test_usage_error_has_exit_code_two(capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_error_has_exit_code_two(capsys: pytest.CaptureFixture[str], run: Run) -> None:
     assert run("inspect", "resnet18", "--no-such-option") == 2
     assert "--no-such-option" in capsys.readouterr().err
 
