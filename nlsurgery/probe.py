@@ -110,11 +110,11 @@ def flatten_output(value: object, path: OutputPath = ()) -> Iterator[tuple[Outpu
             yield from flatten_output(item, (*path, index))
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records every tensor operation as a node; keeps all tensors alive so that ids stay unique."""
 
     def __init__(self, trace: Trace) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.trace = trace
         self.node_of: dict[int, int] = {}
         self.written: dict[int, int] = {}
@@ -180,7 +180,8 @@ def _picked(name: str, args: tuple[Any, ...]) -> tuple[int, int, int] | None:
 
 
 def _storage_key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    key: int = tensor.untyped_storage()._cdata
+    return key
 
 
 def _collect(values: Iterable[Any], into: list[Tensor]) -> None:

@@ -220,8 +220,8 @@ def check_block(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
 def options_model(kind: str) -> type[BaseModel]:
     """The pydantic model of a block type's options, made from its builder's signature."""
     entry = block_type(kind)
-    target = entry.build.__init__ if isinstance(entry.build, type) else entry.build
-    hints = get_type_hints(target)
+    target: Any = entry.build
+    hints = get_type_hints(vars(target)["__init__"] if isinstance(target, type) else target)
     fields: dict[str, Any] = {}
     open_ended = False
     for option, parameter in entry.options.items():
@@ -230,8 +230,9 @@ def options_model(kind: str) -> type[BaseModel]:
             continue
         default = ... if parameter.default is parameter.empty else parameter.default
         fields[option] = (hints.get(option, Any), default)
-    extra = "allow" if open_ended else "forbid"
-    config = ConfigDict(extra=extra, strict=True, protected_namespaces=())
+    config = ConfigDict(
+        extra="allow" if open_ended else "forbid", strict=True, protected_namespaces=()
+    )
     return create_model(f"{kind}_options", __config__=config, **fields)
 
 

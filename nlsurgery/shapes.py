@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nlsurgery.blocks.layout import Layout
+from nlsurgery.blocks.layout import Kind, Layout
 
 #: The most prefix tokens (class, distillation, register) looked for when they cannot be measured.
 _MAX_PREFIX = 17
@@ -55,7 +55,7 @@ def read_feature(
     second: Shape | None,
     inputs2: Shape | None,
     sizes: Shape | None = None,
-    hints: Hints = Hints(),  # noqa: B008 - frozen
+    hints: Hints = Hints(),
 ) -> Feature | None:
     """Read layout, channels, size and stride of a feature map off its shapes.
 
@@ -81,7 +81,13 @@ def _from_two(
     first: Shape, inputs: Shape, second: Shape, inputs2: Shape, sizes: Shape | None, hints: Hints
 ) -> Feature | None:
     grows = "".join(_growth(a, b) for a, b in zip(first[1:], second[1:], strict=True))
-    kinds = {"1hw": "NCHW", "hw1": "NHWC", "1thw": "NCTHW", "11hw": "NCTHW", "1hw1": "NTHWC"}
+    kinds: dict[str, Kind] = {
+        "1hw": "NCHW",
+        "hw1": "NHWC",
+        "1thw": "NCTHW",
+        "11hw": "NCTHW",
+        "1hw1": "NTHWC",
+    }
     if grows in kinds:
         kind = kinds[grows]
         size, channels = _split(first, kind)
@@ -119,7 +125,7 @@ def _reduction(size: int, inputs: int, later: int | None = None, inputs2: int | 
     pairs = [(size, inputs)]
     if later is not None and inputs2 is not None:
         pairs.append((later, inputs2))
-    power = 2 ** max(0, round(math.log2(inputs / size)))
+    power: int = 2 ** max(0, round(math.log2(inputs / size)))
     for stride in (power, 2 * power, max(1, power // 2)):
         if all(out in (whole // stride, -(-whole // stride)) for out, whole in pairs):
             return stride
@@ -181,8 +187,9 @@ def _from_one(first: Shape, inputs: Shape, sizes: Shape | None, hints: Hints) ->
     spatial = len(inputs) - 2
     if len(first) != spatial + 2:
         return None
-    fits = []
-    for kind in ("NCHW", "NHWC") if spatial == 2 else ("NCTHW", "NTHWC"):
+    fits: list[tuple[Kind, Shape, int, float]] = []
+    kinds: tuple[Kind, ...] = ("NCHW", "NHWC") if spatial == 2 else ("NCTHW", "NTHWC")
+    for kind in kinds:
         size, channels = _split(first, kind)
         aspect = size[-2] * inputs[-1] / (size[-1] * inputs[-2])
         if max(size[-2:]) <= max(inputs[-2:]) and abs(aspect - 1) <= 1.01 / min(size[-2:]):
@@ -199,7 +206,7 @@ def _from_one(first: Shape, inputs: Shape, sizes: Shape | None, hints: Hints) ->
 def _tokens_from_one(
     first: Shape, inputs: Shape, sizes: Shape | None, hints: Hints
 ) -> Feature | None:
-    axes = (1, 2)
+    axes: tuple[int, ...] = (1, 2)
     if (first[2] in hints.num_chs) != (first[1] in hints.num_chs):
         axes = (1,) if first[2] in hints.num_chs else (2,)
     known = () if hints.num_prefix_tokens is None else (hints.num_prefix_tokens,)

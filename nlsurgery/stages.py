@@ -254,7 +254,7 @@ def _split_at_convolutions(tree: CallTree, units: list[Call]) -> list[Call]:
     for unit in units:
         weight = getattr(tree.modules[unit.fqn], "weight", None)
         convolution = weight is not None and weight.dim() > 2
-        if convolution and weighted or not ends:
+        if (convolution and weighted) or not ends:
             ends.append(unit)
         else:
             ends[-1] = unit

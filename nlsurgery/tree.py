@@ -184,8 +184,8 @@ def _hints(model: nn.Module) -> Hints:
         elif isinstance(value, tuple | list):
             channels.update(item for item in value if isinstance(item, int))
     for entry in feature_info(model):
-        if isinstance(entry.get("num_chs"), int):
-            channels.add(entry["num_chs"])
+        if isinstance(declared := entry.get("num_chs"), int):
+            channels.add(declared)
     prefix = getattr(model, "num_prefix_tokens", None)
     return Hints(frozenset(channels), prefix if isinstance(prefix, int) else None)
 

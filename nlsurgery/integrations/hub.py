@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from nlsurgery.errors import ModelError, close_names
@@ -24,12 +26,12 @@ def create_model(
     if library == "timm":
         import timm
 
-        options = {} if num_classes is None else {"num_classes": num_classes}
-        model: nn.Module = timm.create_model(name, pretrained=pretrained, **options)
+        choice = {} if num_classes is None else {"num_classes": num_classes}
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, **choice)
         return model
     import torchvision
 
-    options = {} if num_classes is None else {"num_classes": num_classes}
+    options: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
     detection = torchvision.models.list_models(module=torchvision.models.detection)
     segmentation = torchvision.models.list_models(module=torchvision.models.segmentation)
     if name in detection or name in segmentation:
