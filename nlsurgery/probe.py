@@ -204,7 +204,7 @@ def record(
         also: Paths of inserted blocks to record beside the model's own modules.
     """
     tensors = [t for _, t in flatten_output((args, dict(kwargs)))]
-    trace = Trace(tuple(tensors[0].shape) if tensors else ())
+    trace = Trace(max((tuple(t.shape) for t in tensors), key=len, default=()))
     recorder = _Recorder(trace)
     handles = []
     for fqn, module in (
@@ -215,7 +215,8 @@ def record(
             handles += _watch(module, fqn, recorder)
     for tensor in tensors:
         recorder.add(tensor, Node((), None, "input", tuple(tensor.shape)))
-    trace.inputs = tuple(range(len(tensors)))
+    image = max(range(len(tensors)), key=lambda index: tensors[index].dim(), default=None)
+    trace.inputs = () if image is None else (image,)
     try:
         with torch.no_grad(), warnings.catch_warnings(), recorder:
             warnings.simplefilter("ignore")
@@ -393,8 +394,14 @@ def _inputs(
     ]
     for size in candidate_sizes(model, input_size):
         for prefix in prefixes:
-            args = (torch.empty((2, *size), device="meta"),)
+            args = (torch.empty((2, *size), device="meta", dtype=_dtype(model)),)
             yield twin.get_submodule(prefix), prefix, args, {}
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    """The floating dtype that a model computes in: that of its first such parameter."""
+    floats = (p.dtype for p in model.parameters() if p.is_floating_point())
+    return next(floats, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,14 +475,14 @@ def _second(twin: nn.Module, first: Trace) -> Trace | None:
         return None
     size = (*shape[:-2], 2 * shape[-2], 3 * shape[-1])
     with contextlib.suppress(Exception):
-        return record(twin, (torch.empty(size, device="meta"),), {})
+        return record(twin, (torch.empty(size, device="meta", dtype=_dtype(twin)),), {})
     resize = getattr(twin, "set_input_size", None)
     if resize is None:
         return None
     with contextlib.suppress(Exception), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         resize(img_size=size[-2:])
-        return record(twin, (torch.empty(size, device="meta"),), {})
+        return record(twin, (torch.empty(size, device="meta", dtype=_dtype(twin)),), {})
     return None
 
 

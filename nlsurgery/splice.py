@@ -152,8 +152,11 @@ def splice(model: nn.Module, work: Sequence[tuple[Site, nn.Module, Record]]) -> 
     try:
         for site, block, record in work:
             inserted, fresh = _inserted_at(model, site)
+            if fresh:
+                done.append((site, inserted, True))
             inserted.add(block, record)
-            done.append((site, inserted, fresh))
+            if not fresh:
+                done.append((site, inserted, False))
     except BaseException:
         for site, inserted, fresh in reversed(done):
             if fresh:

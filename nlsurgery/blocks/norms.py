@@ -7,6 +7,7 @@ a 1×1 map) in train mode, because the host they are inserted into does not refu
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,14 @@ class BatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise (B, C, *spatial)."""
         return _batch_norm(self, input)
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any
+    ) -> None:
+        # A checkpoint without this layer has no version for it, which torch takes for one from
+        # before `num_batches_tracked` and fills that in; then the missing key would go unreported.
+        versioned = {"version": self._version, **local_metadata}
+        super()._load_from_state_dict(state_dict, prefix, versioned, *rest)
 
 
 class ChannelLayerNorm(nn.LayerNorm):
