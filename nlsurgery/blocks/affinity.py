@@ -20,7 +20,7 @@ SOFTMAX_MODES = ("gaussian", "embedded_gaussian")
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast does not lower the dtype of the pairwise maths."""
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return nullcontext()
 
@@ -59,25 +59,6 @@ def dot_product_map(q: Tensor, k: Tensor) -> Tensor:
     with without_autocast(q):
         dtype = accumulator(q.dtype)
         return (q.to(dtype) / max(1, k.shape[1])) @ k.to(dtype).transpose(1, 2)
-
-
-@torch.fx.wrap
-def concatenation_map(q: Tensor, k: Tensor, weight: Tensor) -> Tensor:
-    """ReLU(w · [q_i ; k_j]) / M.
-
-    Args:
-        q: (B, N, C').
-        k: (B, M, C').
-        weight: 2C' values in any shape, the first C' for q.
-
-    Returns:
-        (B, N, M), float32 for half inputs.
-    """
-    with without_autocast(q):
-        dtype = accumulator(q.dtype)
-        w_q, w_k = weight.flatten().to(dtype).chunk(2)
-        a, b = q.to(dtype) @ w_q, k.to(dtype) @ w_k
-        return torch.relu(a.unsqueeze(2) + b.unsqueeze(1)) / max(1, k.shape[1])
 
 
 @torch.fx.wrap
