@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -67,3 +70,63 @@ def say(text: str) -> None:
 def warn(text: str) -> None:
     """Print a line of plain text to stderr."""
     typer.echo(f"warning: {text}", err=True)
+
+
+class ProgressBar:
+    """A bar with the time to come on a terminal; a line now and then in a file or pipe."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.console = Console(file=sys.stdout, highlight=False)
+        self.bar = Progress(
+            TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[text]}"),
+            console=self.console, disable=not self.console.is_terminal,
+        )  # fmt: skip
+        self.task: Any = None
+        self.started = 0.0
+        self.first = 0
+
+    def say(self, text: str) -> None:
+        """Print a message above the bar."""
+        if self.console.is_terminal:
+            self.console.print(text, markup=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def update(self, step: int, num_steps: int, loss: float, accuracy: float) -> None:
+        """Show how far the run is.
+
+        Args:
+            step: Steps done.
+            num_steps: Steps of the whole run.
+            loss: Of the last step.
+            accuracy: Of the last step, in percent.
+        """
+        text = f"loss {loss:.3f}  accuracy {accuracy:.0f}%"
+        if self.task is None:
+            self.task = self.bar.add_task("training", total=num_steps, completed=step, text=text)
+            self.started, self.first = time.monotonic(), step
+        self.bar.update(self.task, completed=step, text=text)
+        if self.console.is_terminal or (step % max(1, num_steps // 20) and step != num_steps):
+            return
+        pace = (time.monotonic() - self.started) / max(1, step - self.first)
+        left = datetime.timedelta(seconds=round(pace * (num_steps - step)))
+        print(f"step {step}/{num_steps}  {text}  left {left}", flush=True)
+
+
+@contextmanager
+def progress_bar() -> Iterator[ProgressBar]:
+    """Show a progress bar inside a ``with`` block."""
+    progress = ProgressBar()
+    with progress.bar:
+        yield progress
