@@ -147,9 +147,11 @@ def _heat_map(
     bound = float(np.abs(weights).max()) or 1.0
     _, right, bottom, _ = _key_extent(rows)
     covered = (round(right * display.width), round(bottom * display.height))
-    smooth = Image.fromarray(weights / bound).resize(covered, Image.Resampling.BILINEAR)
+    smooth = Image.fromarray(weights / bound).resize(covered, Image.Resampling.BICUBIC)
     heat = np.zeros((display.height, display.width), dtype=np.float32)
-    heat[: covered[1], : covered[0]] = np.asarray(smooth)
+    # Bicubic curves overshoot; the weights' own range is kept.
+    lowest = min(0.0, float(weights.min()) / bound)
+    heat[: covered[1], : covered[0]] = np.clip(np.asarray(smooth), lowest, 1.0)
     colour = np.asarray(display, dtype=np.float32) / 255
     grey = np.asarray(display.convert("L"), dtype=np.float32)[..., None] / 255
     dimmed = 0.6 * (0.75 * grey + 0.25 * colour)
@@ -259,10 +261,10 @@ def _caption(weights: NDArray[np.float32]) -> str:
     """How far from uniform the attention is, so that a flat map does not look like a sharp one."""
     if weights.min() < 0:
         return f"weights {weights.min():.2g} to {weights.max():.2g}"
-    mean = float(weights.mean())
-    if mean == 0:
+    total = float(weights.sum())
+    if total == 0:
         return "attends nowhere"
-    return f"strongest key: {weights.max() / mean:.1f}× the mean"
+    return f"strongest of {weights.size} keys: {weights.max() / total:.1%}"
 
 
 def _colour(index: int) -> str:
