@@ -74,23 +74,38 @@ def attend(
         raise typer.BadParameter("give points or a grid, not both", param_hint="'--grid'")
     asked = [parse_point(text) for text in point or ()]
 
-    from nlsurgery.cli.models import load_operated, view_of
+    from nlsurgery.cli.models import is_work_dir, load_operated, read_work_dir, view_of
     from nlsurgery.viz.capture import grid_points
     from nlsurgery.viz.images import read_image
 
     photos = [read_image(path) for path in images]
+    if is_work_dir(target):
+        if recipe or checkpoint or pretrained:
+            raise typer.BadParameter(
+                f"{target} is a work dir, which has its own recipe and checkpoint",
+                param_hint="'MODEL_OR_WORKDIR'",
+            )
+        target, checkpoint, run_sizes = read_work_dir(Path(target))
+        sizes = sizes or run_sizes
     model = load_operated(
         target, recipe=recipe, checkpoint=checkpoint, pretrained=pretrained, num_classes=num_classes
     )
-    if checkpoint is None and not pretrained and not Path(target).is_dir():
+    if checkpoint is None and not pretrained:
         console.warn("the weights are random: give --checkpoint or --pretrained")
     views = [view_of(model, photo, sizes) for photo in photos]
-    points = [[view.relative(x, y) for x, y in asked] for view in views]
-    names = distinct_names(images)
-    results = [
-        _draw(model, path, view, chosen or grid_points(grid or 2), out / name)
-        for path, view, chosen, name in zip(images, views, points, names, strict=True)
+    points = [
+        [view.relative(x, y) for x, y in asked] or list(grid_points(grid or 2)) for view in views
     ]
+    _show(
+        [
+            _draw(model, *job)
+            for job in zip(views, points, images, _prefixes(out, images), strict=True)
+        ],
+        json,
+    )
+
+
+def _show(results: Sequence[dict[str, Any]], json: bool) -> None:
     if json:
         console.print_json(results)
         return
@@ -102,11 +117,7 @@ def attend(
 
 
 def _draw(
-    model: nn.Module,
-    image: Path,
-    view: View,
-    points: Sequence[tuple[float, float]],
-    prefix: Path,
+    model: nn.Module, view: View, points: Sequence[tuple[float, float]], image: Path, prefix: Path
 ) -> dict[str, Any]:
     from nlsurgery.viz.capture import capture_attention
     from nlsurgery.viz.figure import draw_rows
@@ -121,11 +132,12 @@ def _draw(
     }
 
 
-def distinct_names(images: Sequence[Path]) -> list[str]:
-    """Name each image's pictures by its stem, or by its whole name and place where stems clash."""
+def _prefixes(out: Path, images: Sequence[Path]) -> list[Path]:
+    """What each image's pictures are named by: its stem, numbered where stems clash."""
     stems = [path.stem for path in images]
     return [
-        stem if stems.count(stem) == 1 else f"{index}-{stem}" for index, stem in enumerate(stems)
+        out / (stem if stems.count(stem) == 1 else f"{index}-{stem}")
+        for index, stem in enumerate(stems)
     ]
 
 

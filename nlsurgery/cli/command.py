@@ -90,5 +90,5 @@ def join_sizes(args: Sequence[str]) -> list[str]:
 
 
 def _is_typer_s(error: Exception) -> bool:
-    """Whether typer shows an error itself: usage errors, and the ways to end a command."""
-    return isinstance(error, typer.Exit | typer.Abort | typer.BadParameter)
+    """Whether typer deals with an error: wrong usage, the ways to end, a reader that went away."""
+    return isinstance(error, typer.Exit | typer.Abort | typer.BadParameter | BrokenPipeError)

@@ -27,7 +27,11 @@ InputSizeOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
 NumClassesOption = Annotated[
     int | None,
-    typer.Option("--num-classes", min=1, help="Size of the classifier, if not the model's own."),
+    typer.Option(
+        "--num-classes",
+        min=1,
+        help="Size of the classifier; the checkpoint's, or the model's own, by default.",
+    ),
 ]
 CheckpointOption = Annotated[
     Path | None,

@@ -23,6 +23,9 @@ NUM_ARROWS = 12
 #: Keys weaker than this share of the strongest get no arrow.
 ARROW_FLOOR = 0.15
 
+#: Pictures whose long side has fewer pixels are scaled up to it.
+SMALLEST_DISPLAY = 480
+
 QUERY_COLOURS = ("#ff4d6d", "#3ec1f3", "#ffd23f", "#5bd18b", "#c58bff", "#ff924c")
 INK, FAINT, PAPER = "#1f2430", "#6b7280", "#ffffff"
 #: Sizes in inches: width of a panel, space between two, the heading, and a panel's caption.
@@ -88,6 +91,7 @@ def block_figure(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    display = _enlarged(display)
     num_panels = len(points) + 1
     columns = num_panels if num_panels <= 5 else math.ceil(math.sqrt(num_panels))
     lines = math.ceil(num_panels / columns)
@@ -109,6 +113,15 @@ def block_figure(
     return figure
 
 
+def _enlarged(display: Image.Image) -> Image.Image:
+    """Scale a small picture up, so that the heat map over it is smooth."""
+    zoom = SMALLEST_DISPLAY / max(display.size)
+    if zoom <= 1:
+        return display
+    width, height = (max(1, round(side * zoom)) for side in display.size)
+    return display.resize((width, height), Image.Resampling.BICUBIC)
+
+
 def _title(figure: Figure, rows: AttentionRows) -> None:
     width, height = figure.get_size_inches()
     left, top = GAP / width, 1 - 0.1 / height
@@ -128,7 +141,7 @@ def _draw_image(ax: Axes, display: Image.Image, points: Sequence[tuple[float, fl
 def _draw_query(
     ax: Axes, display: Image.Image, point: tuple[float, float], rows: AttentionRows, index: int
 ) -> None:
-    weights = rows.weights[index].numpy()
+    weights: NDArray[np.float32] = rows.weights[index].numpy()
     ax.imshow(_heat_map(display, rows, weights), extent=(0, 1, 1, 0), aspect="auto")
     _draw_arrows(ax, point, rows, weights, index)
     _mark(ax, point, index, label=len(rows.weights) > 1)
@@ -147,9 +160,11 @@ def _heat_map(
     bound = float(np.abs(weights).max()) or 1.0
     _, right, bottom, _ = _key_extent(rows)
     covered = (round(right * display.width), round(bottom * display.height))
-    smooth = Image.fromarray(weights / bound).resize(covered, Image.Resampling.BILINEAR)
+    smooth = Image.fromarray(weights / bound).resize(covered, Image.Resampling.BICUBIC)
     heat = np.zeros((display.height, display.width), dtype=np.float32)
-    heat[: covered[1], : covered[0]] = np.asarray(smooth)
+    # Bicubic curves overshoot; the weights' own range is kept.
+    lowest = min(0.0, float(weights.min()) / bound)
+    heat[: covered[1], : covered[0]] = np.clip(np.asarray(smooth), lowest, 1.0)
     colour = np.asarray(display, dtype=np.float32) / 255
     grey = np.asarray(display.convert("L"), dtype=np.float32)[..., None] / 255
     dimmed = 0.6 * (0.75 * grey + 0.25 * colour)
@@ -259,10 +274,10 @@ def _caption(weights: NDArray[np.float32]) -> str:
     """How far from uniform the attention is, so that a flat map does not look like a sharp one."""
     if weights.min() < 0:
         return f"weights {weights.min():.2g} to {weights.max():.2g}"
-    mean = float(weights.mean())
-    if mean == 0:
+    total = float(weights.sum())
+    if total == 0:
         return "attends nowhere"
-    return f"strongest key: {weights.max() / mean:.1f}× the mean"
+    return f"strongest of {weights.size} keys: {weights.max() / total:.1%}"
 
 
 def _colour(index: int) -> str:

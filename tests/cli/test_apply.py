@@ -36,7 +36,7 @@ def test_operated_file_computes_the_same_to_the_last_bit(
     path, original = checkpoint
     out = tmp_path / "new" / "operated.safetensors"
     words = ("apply", "resnet18", "res4_1block", "--checkpoint", path, "--out", out)
-    assert run(*words, "--num-classes", 7) == 0
+    assert run(*words) == 0
     assert "layer3.0.nlsurgery.0" in capsys.readouterr().out
     loaded = nlsurgery.load(timm.create_model("resnet18", num_classes=7), out).eval()
     x = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
@@ -53,7 +53,7 @@ def test_json_is_the_report(
 ) -> None:
     out = tmp_path / "o.safetensors"
     words = ("apply", "resnet18", "selfattention_res4", "--checkpoint", checkpoint[0], "--out", out)
-    assert run(*words, "--num-classes", 7, "--json") == 0
+    assert run(*words, "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     model = nlsurgery.load(timm.create_model("resnet18", num_classes=7), out)
     expected = json.loads(json.dumps(nlsurgery.report(model).to_dict()))
@@ -67,21 +67,20 @@ def test_inserted_only_keeps_nothing_else(
 
     out = tmp_path / "o.safetensors"
     words = ("apply", "resnet18", "res4_1block", "--checkpoint", checkpoint[0], "--out", out)
-    assert run(*words, "--num-classes", 7, "--inserted-only") == 0
+    assert run(*words, "--inserted-only") == 0
     with safe_open(out, framework="pt") as file:
         keys = set(file.keys())
     assert keys
     assert all(key.startswith("layer3.0.nlsurgery.0.") for key in keys)
 
 
-def test_wrong_classifier_size_names_the_option(
-    checkpoint: tuple[Path, nn.Module], tmp_path: Path, run: Run, capsys: Shown
+def test_classifier_size_is_the_checkpoint_s(
+    checkpoint: tuple[Path, nn.Module], tmp_path: Path, run: Run
 ) -> None:
     out = tmp_path / "o.safetensors"
     words = ("apply", "resnet18", "res4_1block", "--checkpoint", checkpoint[0], "--out", out)
-    assert run(*words) == 1
-    assert "for its classifier give --num-classes 7" in capsys.readouterr().err
-    assert files_in(tmp_path) == []
+    assert run(*words) == 0
+    nlsurgery.load(timm.create_model("resnet18", num_classes=7), out)
 
 
 def cut_file(folder: Path) -> Path:
@@ -143,7 +142,7 @@ def test_input_is_never_overwritten(
         out = tmp_path / "link.pth"
         out.symlink_to(path)
     words = ("apply", "resnet18", "res4_1block", "--checkpoint", path, "--out", out)
-    assert run(*words, "--num-classes", 7, "--overwrite") == 1
+    assert run(*words, "--overwrite") == 1
     assert "is the input checkpoint" in capsys.readouterr().err
     assert path.read_bytes() == before
 
@@ -154,10 +153,10 @@ def test_other_file_is_replaced_only_on_request(
     out = tmp_path / "o.safetensors"
     out.write_text("mine")
     words = ("apply", "resnet18", "res4_1block", "--checkpoint", checkpoint[0], "--out", out)
-    assert run(*words, "--num-classes", 7) == 1
+    assert run(*words) == 1
     assert "--overwrite" in capsys.readouterr().err
     assert out.read_text() == "mine"
-    assert run(*words, "--num-classes", 7, "--overwrite") == 0
+    assert run(*words, "--overwrite") == 0
     nlsurgery.load(timm.create_model("resnet18", num_classes=7), out)
 
 
@@ -178,7 +177,7 @@ def test_failing_write_keeps_the_old_file(
     out = tmp_path / "o.safetensors"
     out.write_text("old")
     words = ("apply", "resnet18", "res4_1block", "--checkpoint", checkpoint[0], "--out", out)
-    assert run(*words, "--num-classes", 7, "--overwrite") == 1
+    assert run(*words, "--overwrite") == 1
     assert "No space left on device" in capsys.readouterr().err
     assert out.read_text() == "old"
     assert files_in(tmp_path) == ["o.safetensors"]

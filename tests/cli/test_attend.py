@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 import nlsurgery
-from nlsurgery.cli.attend import distinct_names
 
 Run = Callable[..., int]
 Shown = pytest.CaptureFixture[str]
@@ -57,7 +56,7 @@ def test_saved_file_needs_no_recipe(photo: Path, tmp_path: Path, run: Run, capsy
     model = nlsurgery.apply(timm.create_model("resnet18", num_classes=3), "selfattention_res4")
     nlsurgery.save(model, saved)
     out = tmp_path / "pictures"
-    words = ("attend", "resnet18", photo, "--checkpoint", saved, "--num-classes", 3)
+    words = ("attend", "resnet18", photo, "--checkpoint", saved)
     assert run(*words, "--grid", 3, "--out", out, *SIZE, "--json") == 0
     (result,) = json.loads(capsys.readouterr().out)
     assert len(result["points"]) == 9
@@ -71,9 +70,17 @@ def test_random_weights_are_warned_of(photo: Path, tmp_path: Path, run: Run, cap
     assert "weights are random" in capsys.readouterr().err
 
 
-def test_images_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
-    paths = [tmp_path / "a" / "cat.png", tmp_path / "b" / "cat.png", tmp_path / "dog.png"]
-    assert distinct_names(paths) == ["0-cat", "1-cat", "dog"]
+def test_images_of_one_name_do_not_overwrite_each_other(
+    photo: Path, plain: Path, tmp_path: Path, run: Run
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    Image.new("RGB", (80, 80)).save(other / "cat.png")
+    out = tmp_path / "pictures"
+    words = ("attend", "resnet18", photo, other / "cat.png", "--recipe", "res4_1block")
+    assert run(*words, "--checkpoint", plain, "--out", out, *SIZE) == 0
+    block = "layer3.0.nlsurgery.0"
+    assert names_in(out) == [f"0-cat-{block}.png", f"1-cat-{block}.png"]
 
 
 @pytest.mark.parametrize("point", ["1", "a,b", "-1,2", "1,2,3", "nan,1", "inf,1"])

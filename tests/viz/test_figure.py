@@ -79,7 +79,7 @@ def test_each_query_has_a_panel_besides_the_image(num_points: int) -> None:
 @pytest.mark.parametrize(
     ("weights", "caption"),
     [
-        (torch.tensor([[[0.5, 0.25], [0.25, 0.0]]]), "strongest key: 2.0× the mean"),
+        (torch.tensor([[[0.5, 0.25], [0.25, 0.0]]]), "strongest of 4 keys: 50.0%"),
         (torch.tensor([[[-0.5, 0.25], [0.25, 0.0]]]), "weights -0.5 to 0.25"),
         (torch.zeros(1, 2, 2), "attends nowhere"),
     ],
