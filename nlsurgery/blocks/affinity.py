@@ -62,25 +62,6 @@ def dot_product_map(q: Tensor, k: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
-def concatenation_map(q: Tensor, k: Tensor, weight: Tensor) -> Tensor:
-    """ReLU(w · [q_i ; k_j]) / M.
-
-    Args:
-        q: (B, N, C').
-        k: (B, M, C').
-        weight: 2C' values in any shape, the first C' for q.
-
-    Returns:
-        (B, N, M), float32 for half inputs.
-    """
-    with without_autocast(q):
-        dtype = accumulator(q.dtype)
-        w_q, w_k = weight.flatten().to(dtype).chunk(2)
-        a, b = q.to(dtype) @ w_q, k.to(dtype) @ w_k
-        return torch.relu(a.unsqueeze(2) + b.unsqueeze(1)) / max(1, k.shape[1])
-
-
-@torch.fx.wrap
 def apply_map(attention: Tensor, v: Tensor) -> Tensor:
     """Σ_j attention_ij v_j, of (B, N, M) and (B, M, C'): (B, N, C') in the dtype of ``v``."""
     with without_autocast(v):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import torch
@@ -10,34 +12,35 @@ from torch import Tensor, nn
 from nlsurgery.blocks.affinity import (
     MODES,
     SOFTMAX_MODES,
-    apply_map,
-    concatenation_map,
     dot_product_map,
     logit_scale,
     softmax_map,
 )
+from nlsurgery.blocks.affinity_concat import scalar_sum_map
+from nlsurgery.blocks.attend import attend, laid_out, logit_part, num_keys
+from nlsurgery.blocks.choose import checked_implementation, choose_implementation
 from nlsurgery.blocks.geometry import (
     checked_input,
     choice,
     pointwise,
     pool_keys,
     reduced,
-    to_map,
     to_tokens,
 )
 from nlsurgery.blocks.norms import build_norm
 from nlsurgery.blocks.registration import register
-from nlsurgery.blocks.residual import add_branch, finite
+from nlsurgery.blocks.residual import add_projected
 from nlsurgery.errors import BlockError
 
-for _name in ("add_branch", "apply_map", "checked_input", "concatenation_map", "dot_product_map"):
+for _name in ("add_projected", "attend", "checked_input", "dot_product_map", "laid_out"):
     torch.fx.wrap(_name)
-for _name in ("finite", "pool_keys", "softmax_map", "to_map", "to_tokens"):
+for _name in ("logit_part", "pool_keys", "scalar_sum_map", "softmax_map", "to_tokens"):
     torch.fx.wrap(_name)
 
 Mode = Literal["gaussian", "embedded_gaussian", "dot_product", "concatenation"]
 PoolOrder = Literal["after_conv", "before_conv"]
 Norm = Literal["bn", "ln", "gn", "none"]
+Implementation = Literal["auto", "explicit", "fused", "chunked", "reassociated", "sorted"]
 POOL_ORDERS = ("after_conv", "before_conv")
 
 
@@ -66,6 +69,7 @@ class NonLocal(nn.Module):
         norm: str = "bn",
         zero_init: bool = True,
         bias: bool = True,
+        implementation: str = "auto",
     ) -> None:
         """Build the block.
 
@@ -82,6 +86,9 @@ class NonLocal(nn.Module):
             zero_init: Start as the identity: the norm's weight and bias, or without a norm those
                 of ``out``, are 0.
             bias: Whether the 1×1 convolutions have a bias.
+            implementation: The exact form that computes y: ``explicit`` for all modes, ``fused``
+                and ``chunked`` for the softmax modes, ``reassociated`` for ``dot_product``,
+                ``sorted`` for ``concatenation``; ``auto`` chooses by size (``choose.py``).
 
         Raises:
             BlockError: An option that is not allowed (a ValueError).
@@ -94,6 +101,7 @@ class NonLocal(nn.Module):
                 f"use_scale=True divides the logits of a softmax, and mode={mode!r} has none; "
                 f"use it with {' or '.join(SOFTMAX_MODES)}, or leave it out"
             )
+        self.implementation = checked_implementation(implementation, mode)
         if inter_channels is None:
             inter_channels = max(1, in_channels // 2)
         self.in_channels, self.inter_channels, self.dims = in_channels, inter_channels, dims
@@ -150,40 +158,76 @@ class NonLocal(nn.Module):
             BlockError: ``x`` has another number of channels or dimensions.
         """
         x = checked_input(x, self.in_channels, self.dims)
-        y = apply_map(self._attention(x), self._values(x))
-        z = finite(self.out(to_map(y, x)))
-        norm = self.norm
-        return add_branch(x, z if norm is None else norm(z))
+        source = laid_out(x, self.mode, self._sizes, self.sub_sample, self.implementation)
+        q, k, v = self._projections(source)
+        y = attend(q, k, v, self.mode, self.scale, self.implementation)
+        return add_projected(x, y, self.out, self.norm)
 
-    def attention(self, x: Tensor) -> Tensor:
+    def attention(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
         """The normalised pairwise map f(x_i, x_j) / C(x).
 
         Args:
             x: (B, C, *spatial).
+            queries: (Q,) positions i in 0..N-1 to compute rows for, all N by default.
 
         Returns:
-            (B, N, M) with M = N keys, fewer under ``sub_sample``; rows sum to 1 in the softmax
-            modes. float32 for half inputs.
+            (B, N, M), or (B, Q, M), with M = N keys, fewer under ``sub_sample``; rows sum to 1 in
+            the softmax modes. float32 for half inputs.
         """
-        return self._attention(checked_input(x, self.in_channels, self.dims))
+        projected = self._projections(checked_input(x, self.in_channels, self.dims))
+        q, k = to_tokens(projected[0]), to_tokens(projected[1])
+        if queries is not None:
+            q = q[:, queries]
+        if self.mode == "concatenation":
+            return scalar_sum_map(q, k)
+        return (
+            dot_product_map(q, k) if self.mode == "dot_product" else softmax_map(q, k, self.scale)
+        )
+
+    def chosen_implementation(
+        self, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    ) -> str:
+        """The form that computes an input of this shape.
+
+        Args:
+            shape: (B, C, *spatial).
+            dtype: Of the projections (under autocast, its dtype).
+            device: The type of device.
+        """
+        if self.implementation != "auto":
+            return self.implementation
+        head_size, value_size = self._sizes
+        return choose_implementation(
+            self.mode,
+            num_queries=math.prod(shape[2:]),
+            num_keys=num_keys(shape[2:], self.sub_sample),
+            head_size=head_size,
+            value_size=value_size,
+            dtype=dtype,
+            device_type=device,
+        )
+
+    @property
+    def _sizes(self) -> tuple[int, int]:
+        head = self.in_channels if self.mode == "gaussian" else self.inter_channels
+        return head, self.inter_channels
 
     def _pooled(self, x: Tensor, order: str) -> Tensor:
         return pool_keys(x) if self.sub_sample and self.pool_order == order else x
 
-    def _values(self, x: Tensor) -> Tensor:
-        return to_tokens(self._pooled(self.g(self._pooled(x, "before_conv")), "after_conv"))
-
-    def _attention(self, x: Tensor) -> Tensor:
+    def _projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as maps; in ``concatenation`` the two parts of the logits."""
+        early = self._pooled(x, "before_conv")
+        v = self._pooled(self.g(early), "after_conv")
         if self.mode == "gaussian":
-            keys = pool_keys(x) if self.sub_sample else x
-            return softmax_map(to_tokens(x), to_tokens(keys), self.scale)
-        q = to_tokens(self.theta(x))
-        k = to_tokens(self._pooled(self.phi(self._pooled(x, "before_conv")), "after_conv"))
-        if self.mode == "embedded_gaussian":
-            return softmax_map(q, k, self.scale)
-        if self.mode == "dot_product":
-            return dot_product_map(q, k)
-        return concatenation_map(q, k, cast(Tensor, self.concat_project.weight))
+            return x, pool_keys(x) if self.sub_sample else x, v
+        if self.mode != "concatenation":
+            return self.theta(x), self._pooled(self.phi(early), "after_conv"), v
+        weight = cast(Tensor, self.concat_project.weight)
+        a = logit_part(x, self.theta, weight, True)
+        if self.sub_sample and self.pool_order == "after_conv":
+            return a, logit_part(pool_keys(self.phi(x)), None, weight, False), v
+        return a, logit_part(early, self.phi, weight, False), v
 
     def extra_repr(self) -> str:
         """The options, for ``print(block)``."""
@@ -204,6 +248,7 @@ def build_non_local(
     norm: Norm = "bn",
     zero_init: bool = True,
     bias: bool = True,
+    implementation: Implementation = "auto",
 ) -> NonLocal:
     """Build a :class:`NonLocal` from the options of a recipe.
 
@@ -219,6 +264,7 @@ def build_non_local(
         norm: The normalisation after ``out``.
         zero_init: Start as the identity.
         bias: Whether convolutions have a bias.
+        implementation: The exact form that computes it.
     """
     if inter_channels is None:
         inter_channels = reduced(in_channels, reduction)
@@ -233,4 +279,5 @@ def build_non_local(
         norm=norm,
         zero_init=zero_init,
         bias=bias,
+        implementation=implementation,
     )

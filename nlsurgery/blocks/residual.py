@@ -10,19 +10,32 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nlsurgery.blocks.norms import BatchNorm
+
+_CONVS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a convolution may be computed from its parameters, its ``forward`` left out.
+
+    That is so for torch's own classes without hooks; a replaced, quantised, parametrised or
+    hooked projection is always called.
+    """
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    hooks = hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) in _CONVS and not hooks and "forward" not in vars(module)
 
 
 class _Finite(torch.autograd.Function):
-    """``nan_to_num`` to 0 that saves nothing for backward."""
+    """``nan_to_num`` to 0, in place, that saves nothing for backward."""
 
     @staticmethod
-    def forward(z: Tensor) -> Tensor:
-        return torch.nan_to_num(z, nan=0.0, posinf=0.0, neginf=0.0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        return None
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.mark_dirty(z)
+        return z.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
@@ -30,18 +43,22 @@ class _Finite(torch.autograd.Function):
 
 
 @torch.fx.wrap
-def finite(z: Tensor) -> Tensor:
+def finite(z: Tensor, fresh: bool = False) -> Tensor:
     """Put 0 in place of NaN and ±inf; the gradient passes unchanged.
 
     Args:
         z: A branch's values, any shape.
+        fresh: Whether nothing else holds ``z``, so that it may be changed in place.
 
     Returns:
         The same shape, dtype and memory format, all values finite.
     """
-    if z.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        return _Finite.apply(z)  # type: ignore[no-any-return]
-    return torch.nan_to_num(z, nan=0.0, posinf=0.0, neginf=0.0)
+    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        return torch.nan_to_num(z, nan=0.0, posinf=0.0, neginf=0.0)
+    if not (z.requires_grad and torch.is_grad_enabled()):
+        replace = torch.nan_to_num_ if fresh else torch.nan_to_num
+        return replace(z, nan=0.0, posinf=0.0, neginf=0.0)
+    return _Finite.apply(z if fresh else z.clone())  # type: ignore[no-any-return]
 
 
 @torch.fx.wrap
@@ -55,8 +72,70 @@ def add_branch(x: Tensor, z: Tensor) -> Tensor:
     Returns:
         A new tensor like ``x``; equal to ``x`` to the last bit where ``z`` is 0.
     """
-    y = torch.add(x, z.to(x.dtype))
+    return _like(torch.add(x, z.to(x.dtype)), x)
+
+
+@torch.fx.wrap
+def add_gated(x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
+    """``x + γ · finite(y)`` in the dtype and memory format of ``x``.
+
+    Args:
+        x: (B, C, *spatial), the host's output.
+        y: The same shape in any floating dtype.
+        gamma: (1,).
+    """
+    scaled = gamma.to(x.dtype) * finite(y).to(x.dtype)
+    return _like(torch.add(x, scaled), x)
+
+
+@torch.fx.wrap
+def add_projected(x: Tensor, y: Tensor, out: nn.Module, norm: nn.Module | None) -> Tensor:
+    """Compute ``x + norm(out(y))``, the end of a non-local block.
+
+    In eval, batch normalisation is folded into the weight and bias of ``out`` on the way, where
+    the map is large enough for that to pay; the parameters stay as they are.
+
+    Args:
+        x: (B, C, *spatial), the host's output.
+        y: (B, C', *spatial).
+        out: The 1×1 convolution C' → C.
+        norm: What follows it, or ``None``.
+
+    Returns:
+        A new tensor like ``x``.
+    """
+    plain = is_plain(out)
+    if plain and isinstance(norm, BatchNorm) and _may_fold(norm, y):
+        z = finite(_folded(y, out, norm), fresh=True)
+    else:
+        z = finite(out(y), fresh=plain)
+        z = z if norm is None else norm(z)
+    return add_branch(x, z)
+
+
+def _may_fold(norm: BatchNorm, y: Tensor) -> bool:
+    hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks
+    known = type(norm) is BatchNorm and norm.running_mean is not None and not hooks
+    return known and not norm.training and y.numel() >= y.shape[1] ** 2
+
+
+def _folded(y: Tensor, out: nn.Module, norm: BatchNorm) -> Tensor:
+    weight, bias = out.weight, out.bias
+    assert isinstance(weight, Tensor)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    factor = norm.weight.to(wide) * torch.rsqrt(norm.running_var.to(wide) + norm.eps)
+    centre = norm.running_mean.to(wide)
+    shift = (bias.to(wide) - centre if isinstance(bias, Tensor) else -centre) * factor
+    shape = (-1, *[1] * (weight.dim() - 1))
+    folded = (weight.to(wide) * factor.view(shape)).to(weight.dtype)
+    conv = _CONVS[type(out)]  # type: ignore[index]
+    return conv(y, folded, (shift + norm.bias.to(wide)).to(weight.dtype))
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    # Strides along sizes of 1 are ambiguous: torch then follows the other summand, and what comes
+    # next in the host might pick another kernel.
     like = torch.empty_like(x)
-    # Strides along sizes of 1 are ambiguous: torch then follows z, and what comes next in the
-    # host might pick another kernel.
     return y if y.stride() == like.stride() else like.copy_(y)

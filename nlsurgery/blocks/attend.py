@@ -1,0 +1,122 @@
+"""From projected maps to the attended map, by the chosen form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nlsurgery.blocks.affinity_concat import concatenation_attend
+from nlsurgery.blocks.affinity_dot import dot_product_attend
+from nlsurgery.blocks.affinity_softmax import softmax_attend
+from nlsurgery.blocks.choose import choose_implementation
+from nlsurgery.blocks.geometry import to_map, to_tokens
+from nlsurgery.blocks.residual import is_plain
+
+_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def num_keys(spatial: Sequence[int], sub_sample: bool) -> int:
+    """M for a map's spatial sizes: their product, after pooling where ``sub_sample`` says so."""
+    if not sub_sample:
+        return math.prod(spatial)
+    first_pooled = 1 if len(spatial) == 3 else 0
+    return math.prod([s // 2 if i >= first_pooled and s > 1 else s for i, s in enumerate(spatial)])
+
+
+@torch.fx.wrap
+def laid_out(
+    x: Tensor, mode: str, sizes: tuple[int, int], keys: bool, implementation: str
+) -> Tensor:
+    """``x`` in the memory format that the chosen form reads fastest.
+
+    Args:
+        x: (B, C, *spatial).
+        mode: The pairwise function.
+        sizes: Channels of keys and of values.
+        keys: Whether keys are pooled.
+        implementation: The block's option.
+
+    Returns:
+        ``x`` itself, or a channels-last copy where tokens must be contiguous.
+    """
+    form = implementation
+    if form == "auto":
+        form = choose_implementation(
+            mode,
+            num_queries=math.prod(x.shape[2:]),
+            num_keys=num_keys(x.shape[2:], keys),
+            head_size=sizes[0],
+            value_size=sizes[1],
+            dtype=x.dtype,
+            device_type=x.device.type,
+        )
+    if form in ("fused", "sorted") and x.dim() in _CHANNELS_LAST:
+        return x.contiguous(memory_format=_CHANNELS_LAST[x.dim()])
+    return x
+
+
+@torch.fx.wrap
+def attend(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, implementation: str) -> Tensor:
+    """1/C(x) · Σ_j f(q_i, k_j) v_j over maps.
+
+    Args:
+        q: (B, C', *spatial) queries; in ``concatenation`` their part of the logits, C' = 1.
+        k: (B, C', *key sizes), likewise.
+        v: (B, V, *key sizes).
+        mode: The pairwise function.
+        scale: The factor on the logits of the softmax modes.
+        implementation: The form, ``auto`` to choose it here.
+
+    Returns:
+        (B, V, *spatial), in the dtype of ``v``.
+    """
+    queries, keys, values = to_tokens(q), to_tokens(k), to_tokens(v)
+    form = implementation
+    if form == "auto":
+        form = choose_implementation(
+            mode,
+            num_queries=queries.shape[1],
+            num_keys=keys.shape[1],
+            head_size=queries.shape[2],
+            value_size=values.shape[2],
+            dtype=v.dtype,
+            device_type=v.device.type,
+        )
+    if mode == "dot_product":
+        y = dot_product_attend(queries, keys, values, form)
+    elif mode == "concatenation":
+        y = concatenation_attend(queries.squeeze(2), keys.squeeze(2), values, form)
+    else:
+        y = softmax_attend(queries, keys, values, scale, form)
+    return to_map(y, q)
+
+
+@torch.fx.wrap
+def logit_part(x: Tensor, projection: nn.Module | None, weight: Tensor, first: bool) -> Tensor:
+    """Compute w · projection(x), the part of a concatenation's logits that comes from one side.
+
+    The two linear maps are folded into one vector, so the C' channels are never formed.
+
+    Args:
+        x: (B, C, *spatial).
+        projection: θ or φ; ``None`` where ``x`` is projected already.
+        weight: The 2C' values of ``concat_project``, queries first.
+        first: Whether this is the queries' side.
+
+    Returns:
+        (B, 1, *spatial).
+    """
+    side = weight.flatten().chunk(2)[0 if first else 1].unsqueeze(0)
+    bias = None
+    if projection is not None and is_plain(projection):
+        if projection.bias is not None:
+            bias = side @ projection.bias  # type: ignore[operator]
+        side = side @ projection.weight.flatten(1)  # type: ignore[operator]
+    elif projection is not None:
+        x = projection(x)
+    return _CONV[x.dim()](x, side.view(1, -1, *[1] * (x.dim() - 2)), bias)

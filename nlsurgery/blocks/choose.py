@@ -1,0 +1,95 @@
+"""Which exact form computes a block: one pure function of shapes, dtype and device.
+
+Every form gives the same numbers up to rounding. The thresholds are where the measured times of
+``benchmarks/results/operators_cpu.md`` cross, bounded by memory: an N×M tensor is only ever kept
+where it is smaller than the block's own projections.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nlsurgery.blocks.affinity_dot import reassociation_pays
+from nlsurgery.blocks.geometry import choice
+from nlsurgery.errors import BlockError
+
+#: Every value of the ``implementation`` option.
+IMPLEMENTATIONS = ("auto", "explicit", "fused", "chunked", "reassociated", "sorted")
+_FORMS = {
+    "gaussian": ("explicit", "fused", "chunked"),
+    "embedded_gaussian": ("explicit", "fused", "chunked"),
+    "dot_product": ("explicit", "reassociated"),
+    "concatenation": ("explicit", "sorted"),
+}
+#: What a graph is made with: a choice by size would fix the sizes of a dynamic one.
+_TRACED = {
+    "gaussian": "fused",
+    "embedded_gaussian": "fused",
+    "dot_product": "reassociated",
+    "concatenation": "sorted",
+}
+
+
+def checked_implementation(implementation: str, mode: str) -> str:
+    """Return ``implementation`` if ``mode`` has it.
+
+    Raises:
+        BlockError: It does not; the message lists the forms that it has.
+    """
+    choice(implementation, IMPLEMENTATIONS, name="implementation")
+    if implementation != "auto" and implementation not in _FORMS[mode]:
+        raise BlockError(
+            f"implementation={implementation!r} does not exist for mode={mode!r}, which has "
+            f"'auto', {', '.join(map(repr, _FORMS[mode]))}"
+        )
+    return implementation
+
+
+def choose_implementation(
+    mode: str,
+    *,
+    num_queries: int,
+    num_keys: int,
+    head_size: int,
+    value_size: int,
+    dtype: torch.dtype = torch.float32,
+    device_type: str = "cpu",
+) -> str:
+    """Choose the form for a size.
+
+    Args:
+        mode: The pairwise function.
+        num_queries: N.
+        num_keys: M.
+        head_size: Channels of queries and keys.
+        value_size: Channels of values.
+        dtype: Of the projections.
+        device_type: ``cpu``, ``cuda``, …
+
+    Returns:
+        One of :data:`IMPLEMENTATIONS`, never ``auto``. Inside ``torch.compile`` and export the
+        form with the better growth, whatever the size.
+    """
+    choice(mode, tuple(_FORMS), name="mode")
+    if torch.compiler.is_compiling():
+        return _TRACED[mode]
+    if mode == "dot_product":
+        pays = reassociation_pays(num_queries, num_keys, head_size)
+        return "reassociated" if pays else "explicit"
+    if mode == "concatenation":
+        crossover = min(200, max(32, value_size // 2)) if device_type == "cpu" else 1024
+        pays = num_queries * num_keys > crossover * (num_queries + num_keys)
+        return "sorted" if pays else "explicit"
+    if device_type == "cpu":
+        return _softmax_on_cpu(num_keys, head_size, value_size, dtype)
+    if torch.are_deterministic_algorithms_enabled():
+        # The backward of memory-efficient attention adds atomically.
+        return "explicit" if num_keys <= value_size else "chunked"
+    return "fused"
+
+
+def _softmax_on_cpu(num_keys: int, head_size: int, value_size: int, dtype: torch.dtype) -> str:
+    if num_keys <= value_size:
+        return "explicit"
+    # torch's fused attention falls back to an N×M tensor where the two sizes differ.
+    return "fused" if head_size == value_size else "chunked"

@@ -1,0 +1,183 @@
+"""From what the user names on the command line to a model with its weights, and its inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nlsurgery.errors import CheckpointError, DataError, ModelError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor, nn
+
+    from nlsurgery.viz.images import View
+
+
+def load_plain(
+    model: str, checkpoint: Path | None, *, pretrained: bool, num_classes: int | None
+) -> nn.Module:
+    """Build a model by name and load a checkpoint of it, or keep its random weights.
+
+    Args:
+        model: Its name.
+        checkpoint: A checkpoint of the original model.
+        pretrained: Download the library's weights.
+        num_classes: Size of the classifier; the checkpoint's when None.
+
+    Raises:
+        ModelError: No such model.
+        CheckpointError: The checkpoint cannot be read, or is of another model.
+    """
+    from nlsurgery.checkpoint import load_tensors, read_state_dict
+
+    if checkpoint is None:
+        return _build(model, {}, pretrained=pretrained, num_classes=num_classes)
+    tensors = read_state_dict(checkpoint)
+    network = _build(model, tensors, pretrained=pretrained, num_classes=num_classes)
+    load_tensors(network, tensors, str(checkpoint))
+    return network
+
+
+def _build(
+    model: str, tensors: Mapping[str, Tensor], *, pretrained: bool, num_classes: int | None
+) -> nn.Module:
+    """Build a model by name, with the classifier size of a checkpoint if none is given."""
+    from nlsurgery.integrations.hub import create_model
+
+    network = create_model(model, num_classes=num_classes, pretrained=pretrained)
+    found = classifier_size(network, tensors)
+    if num_classes is not None or found is None:
+        return network
+    return create_model(model, num_classes=found, pretrained=pretrained)
+
+
+def classifier_size(network: nn.Module, tensors: Mapping[str, Tensor]) -> int | None:
+    """The number of classes of a checkpoint, where its classifier alone has another size.
+
+    Args:
+        network: The model with a classifier of its own size.
+        tensors: The checkpoint; keys that the model lacks do not matter.
+
+    Returns:
+        The size, None where nothing differs or more than the number of classes does.
+    """
+    own = network.state_dict()
+    other = [key for key in own if key in tensors and own[key].shape != tensors[key].shape]
+    sizes = {tensors[key].shape[:1] for key in other}
+    rests_fit = all(own[key].shape[1:] == tensors[key].shape[1:] for key in other)
+    if len(sizes) != 1 or not rests_fit:
+        return None
+    (size,) = sizes
+    return size[0] if size else None
+
+
+def load_operated(
+    model: str,
+    *,
+    recipe: str | None,
+    checkpoint: Path | None,
+    pretrained: bool,
+    num_classes: int | None,
+) -> nn.Module:
+    """Build an operated model from any of: a saved one, a plain checkpoint and a recipe, a recipe.
+
+    Args:
+        model: Its name.
+        recipe: What to insert; may be left out where the checkpoint carries its recipe.
+        checkpoint: Weights of the operated model, or of the plain one.
+        pretrained: Download the library's weights of the plain one.
+        num_classes: Size of the classifier; the checkpoint's when None.
+
+    Raises:
+        SurgeryError: The pieces do not fit together; the message says which is missing.
+    """
+    import nlsurgery
+    from nlsurgery.checkpoint import load_tensors, read_state_dict
+    from nlsurgery.reporting import is_inserted_key
+
+    tensors = {} if checkpoint is None else read_state_dict(checkpoint)
+    inserted = [key for key in tensors if is_inserted_key(key)]
+    if not inserted:
+        if recipe is None:
+            raise CheckpointError(
+                f"{checkpoint or model} has no inserted blocks to look at: give --recipe NAME, or "
+                "as --checkpoint a file that nlsurgery saved"
+            )
+        network = load_plain(model, checkpoint, pretrained=pretrained, num_classes=num_classes)
+        return nlsurgery.apply(network, recipe)
+    if len(inserted) == len(tensors) and not pretrained:
+        raise CheckpointError(
+            f"{checkpoint} holds the inserted blocks alone; give a file with the whole model, or "
+            "--pretrained for the library's weights under them"
+        )
+    network = _build(model, tensors, pretrained=pretrained, num_classes=num_classes)
+    if recipe is None:
+        return nlsurgery.load(network, str(checkpoint))
+    nlsurgery.apply(network, recipe)
+    load_tensors(network, tensors, str(checkpoint))
+    return network
+
+
+def is_work_dir(target: str) -> bool:
+    """Whether a word means a folder rather than a model's name; a model of that name goes first."""
+    from nlsurgery.integrations.hub import find_model
+
+    if not Path(target).is_dir():
+        return False
+    try:
+        find_model(target)
+    except ModelError:
+        return True
+    return False
+
+
+def read_work_dir(folder: Path) -> tuple[str, Path, tuple[int, ...] | None]:
+    """Find the model that a fine-tuning run left.
+
+    Args:
+        folder: Its work dir.
+
+    Returns:
+        The model's name, the file of the operated model, and the input size (H, W) of the run,
+        None for the model's own.
+
+    Raises:
+        DataError: The folder is no work dir.
+        CheckpointError: The run has saved no model yet.
+    """
+    from nlsurgery.finetune.checkpoints import MODEL_FILE
+    from nlsurgery.finetune.config import FinetuneConfig
+
+    config = FinetuneConfig.read(folder)
+    file = folder / MODEL_FILE
+    if not file.is_file():
+        raise CheckpointError(f"{file} does not exist: the run in {folder} has saved no model yet")
+    size = None if config.image_size is None else (config.image_size, config.image_size)
+    return config.model, file, size
+
+
+def view_of(model: nn.Module, photo: Image.Image, sizes: tuple[int, ...] | None) -> View:
+    """The part of a photo that a model sees, at its input size and in its normalisation.
+
+    Args:
+        model: A timm or torchvision model; timm's data config tells size, mean and deviation.
+        photo: An RGB image.
+        sizes: (C, H, W) in place of the model's own input size.
+
+    Raises:
+        DataError: The model takes no RGB images.
+    """
+    from timm.data import resolve_data_config
+
+    from nlsurgery.viz.images import view_image
+
+    config = resolve_data_config({}, model=model)
+    sizes = sizes or config["input_size"]
+    channels, *size = sizes if len(sizes) > 2 else (3, *sizes)
+    if channels != 3 or len(size) != 2:
+        raise DataError(
+            f"attention is drawn for RGB images, input size (3, H, W), but got {(channels, *size)}"
+        )
+    return view_image(photo, (size[0], size[1]), mean=config["mean"], std=config["std"])

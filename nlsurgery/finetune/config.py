@@ -1,0 +1,126 @@
+"""What a fine-tuning run is: every choice in one frozen, checked object."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import ValidationError as PydanticError
+
+from nlsurgery.errors import DataError, SurgeryError
+
+#: ``data`` and ``checkpoint`` of the run without arguments.
+DEMO = "demo"
+CONFIG_FILE = "config.yaml"
+
+
+class FinetuneConfig(BaseModel):
+    """A fine-tuning run.
+
+    Attributes:
+        model: ``timm/NAME``, ``torchvision/NAME`` or a bare name.
+        checkpoint: A checkpoint of the original model, ``demo`` for the packaged weights, or None.
+        recipe: Packaged name, path or mapping.
+        data: ``demo``, a folder of classes (or with ``train`` and ``val``), or a timm dataset name
+            such as ``torch/cifar10``.
+        data_root: Root folder of a timm dataset.
+        epochs: Passes over the training set.
+        batch_size: Samples a step and process.
+        lr: Peak learning rate of the backbone.
+        inserted_lr_mult: Factor on ``lr`` for the inserted blocks.
+        weight_decay: Of weights with two or more dimensions.
+        optimizer: ``sgd`` (momentum 0.9, Nesterov) or ``adamw``.
+        warmup: Share of all steps in which the rate rises linearly; cosine to zero after it.
+        freeze_backbone: Train the inserted blocks and the classifier alone.
+        amp: Mixed precision.
+        augment: ``default`` is timm's, ``light`` crops only (no flips, no colour), ``none``.
+        image_size: Height and width in pixels; the model's own when None.
+        val_share: Share of a folder without ``val`` that is held out.
+        num_workers: Loader processes.
+        seed: Of data order, augmentation and new parameters.
+        device: ``cuda``, ``cpu``, or None for what there is.
+        work_dir: Where results go.
+        resume: Go on from the work dir's last checkpoint.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    checkpoint: str | None = None
+    recipe: str | dict[str, Any]
+    data: str
+    data_root: str | None = None
+    epochs: PositiveInt = 5
+    batch_size: PositiveInt = 32
+    lr: PositiveFloat = 0.01
+    inserted_lr_mult: PositiveFloat = 1.0
+    weight_decay: NonNegativeFloat = 1e-4
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    freeze_backbone: bool = False
+    amp: Literal["off", "bf16", "fp16"] = "off"
+    augment: Literal["default", "light", "none"] = "default"
+    image_size: PositiveInt | None = None
+    val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    num_workers: Annotated[int, Field(ge=0)] = 2
+    seed: int = 0
+    device: str | None = None
+    work_dir: str = "work_dirs/finetune"
+    resume: bool = False
+
+    @classmethod
+    def make(cls, **values: Any) -> FinetuneConfig:
+        """Check values, with this project's errors.
+
+        Raises:
+            SurgeryError: A value that is not allowed.
+        """
+        try:
+            return cls(**values)
+        except PydanticError as error:
+            lines = [
+                f"{'.'.join(map(str, item['loc']))}: {item['msg']}, but got {item['input']!r}"
+                for item in error.errors(include_url=False)
+            ]
+            raise SurgeryError(f"fine-tuning configuration: {'; '.join(lines)}") from error
+
+    def write(self, folder: Path) -> None:
+        """Write the resolved configuration as YAML into ``folder``."""
+        text = yaml.safe_dump(self.model_dump(), sort_keys=False)
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> FinetuneConfig:
+        """Read the configuration that a run left in its work dir.
+
+        Raises:
+            DataError: There is none, or it cannot be read.
+        """
+        path = folder / CONFIG_FILE
+        try:
+            data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} is no readable run configuration: {error}") from error
+        if not isinstance(data, dict):
+            raise DataError(f"{path} is no run configuration: it must hold a mapping")
+        return cls.make(**data)
+
+
+def demo_values() -> dict[str, Any]:
+    """The run without arguments: pretrained EfficientNet-Lite0 on 5,000 MNIST digits."""
+    return {
+        "model": "timm/tf_efficientnet_lite0",
+        "checkpoint": DEMO,
+        "recipe": "demo_efficientnet_lite0",
+        "data": DEMO,
+        "epochs": 3,
+        "batch_size": 32,
+        "lr": 0.02,
+        "inserted_lr_mult": 2.0,
+        "augment": "light",
+        "image_size": 64,
+        "num_workers": 0,
+        "work_dir": "work_dirs/demo",
+    }
