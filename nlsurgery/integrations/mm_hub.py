@@ -47,8 +47,8 @@ class _Hub(nn.Module):
 
     def init_weights(self) -> None:
         """Run the initialisers of ``init_cfg`` alone: the library has initialised its model."""
-        configs = self.init_cfg or []
-        if not getattr(self, "is_init", False) and configs:
+        configs: Any = self.init_cfg
+        if configs and not getattr(self, "is_init", False):
             initialize(self, configs)
         self.is_init = True
 
@@ -263,7 +263,9 @@ class HubClassifier(_Hub, BaseModel):  # type: ignore[misc]
         predictions = [
             {"pred_score": score, "pred_label": score.argmax(-1, keepdim=True)} for score in scores
         ]
-        for prediction, label in zip(predictions, labels if labels is not None else (), strict=False):
+        for prediction, label in zip(
+            predictions, labels if labels is not None else (), strict=False
+        ):
             prediction["gt_label"] = label.reshape(1)
         return predictions
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from mmengine.model import BaseModule, initialize
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from nlsurgery.integrations.mixed import Mixed, mixed_class
 from nlsurgery.splice import Inserted, hosts
 from nlsurgery.walk import CHILD_NAME
 
@@ -54,7 +54,7 @@ class SurgeryState:
     plain: bool = False
 
 
-class Operated(nn.Module):
+class Operated(Mixed, nn.Module):
     """Mixed into the class of an operated model; see :func:`make_operated`."""
 
     _surgery: SurgeryState
@@ -110,10 +110,6 @@ class Operated(nn.Module):
         _note_loaded(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is made at run time, so pickle cannot find it by name: its base can be.
-        return (_new_operated, (type(self).__bases__[1],), *object.__reduce_ex__(self, 2)[2:])
-
 
 def make_operated(model: nn.Module, state: SurgeryState) -> nn.Module:
     """Exchange the class of an operated model for its subclass with :class:`Operated`.
@@ -135,24 +131,10 @@ def make_operated(model: nn.Module, state: SurgeryState) -> nn.Module:
     if isinstance(model, BaseModule):
         state.was_init = model.is_init
         model.is_init = False
-    model.__class__ = _operated_class(type(model))
+    model.__class__ = mixed_class(Operated, type(model))
     model.__dict__["_surgery"] = state
-    model.register_load_state_dict_post_hook(_tell_missing)
+    model.register_load_state_dict_post_hook(_tell_missing)  # type: ignore[no-untyped-call]
     return model
-
-
-@cache
-def _operated_class(base: type[nn.Module]) -> type[nn.Module]:
-    namespace = {"__module__": base.__module__, "__doc__": base.__doc__}
-    made = type(base)(base.__name__, (Operated, base), namespace)
-    made.__qualname__ = base.__qualname__
-    return made
-
-
-def _new_operated(base: type[nn.Module]) -> nn.Module:
-    """Rebuild an empty operated model for pickle and copy."""
-    made = _operated_class(base)
-    return made.__new__(made)
 
 
 def blocks_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

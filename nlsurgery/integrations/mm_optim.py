@@ -14,7 +14,7 @@ from torch import nn
 
 from nlsurgery.errors import ModelError
 from nlsurgery.integrations.mm_operated import Operated, blocks_of
-from nlsurgery.integrations.mm_plugins import PluginLayer
+from nlsurgery.integrations.mm_plugins import all_blocks
 from nlsurgery.integrations.mm_surgery import BACKBONE, freeze
 from nlsurgery.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 
@@ -34,20 +34,6 @@ _DEFAULTS = (
     "dcn_offset_lr_mult",
     "bypass_duplicate",
 )
-
-
-def all_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Every block in a model by its path: inserted ones and plugin layers.
-
-    Args:
-        model: Any model, not wrapped.
-    """
-    found = dict(blocks_of(model))
-    known = {id(block) for block in found.values()}
-    for path, module in model.named_modules():
-        if isinstance(module, PluginLayer) and id(module) not in known:
-            found[path] = module
-    return found
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()  # type: ignore[untyped-decorator]
@@ -98,7 +84,7 @@ class OptimWrapperConstructor(DefaultOptimWrapperConstructor):  # type: ignore[m
         Raises:
             ModelError: It has no block, or nothing to freeze.
         """
-        plain = model.module if is_model_wrapper(model) else model
+        plain: Any = model.module if is_model_wrapper(model) else model
         blocks = all_blocks(plain)
         if not blocks:
             raise ModelError(
@@ -152,7 +138,9 @@ def _backbones(model: nn.Module) -> list[nn.Module]:
     found = [
         m for m in model.modules() if isinstance(m, Operated) and any(True for _ in blocks_of(m))
     ]
-    inner = [m for m in found if not any(o is not m and _holds(m, o) for o in found)]
+    inner: list[nn.Module] = [
+        m for m in found if not any(o is not m and _holds(m, o) for o in found)
+    ]
     if not inner and isinstance(getattr(model, BACKBONE, None), nn.Module):
         inner = [getattr(model, BACKBONE)]
     if not inner:
@@ -176,4 +164,3 @@ class CPUAmpOptimWrapper(OptimWrapper):  # type: ignore[misc]
         """Run the forward under autocast in bfloat16."""
         with super().optim_context(model), autocast(device_type="cpu", dtype=torch.bfloat16):
             yield
-

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from nlsurgery.blocks import BLOCK_TYPES, block_type
 from nlsurgery.errors import BlockError, RecipeError, close_names
+from nlsurgery.integrations.mixed import Mixed, mixed_class
 from nlsurgery.integrations.mm_checkpoints import allow_runner_checkpoints
+from nlsurgery.integrations.mm_operated import blocks_of
 from nlsurgery.recipe import check_block
 from nlsurgery.registry import MODELS
 
@@ -19,7 +21,7 @@ from nlsurgery.registry import MODELS
 ABBREVIATION = "nlsurgery"
 
 
-class PluginLayer(nn.Module):
+class PluginLayer(Mixed, nn.Module):
     """Mixed into the class of a block built by mmengine: ``init_weights`` restores the identity."""
 
     def init_weights(self) -> None:
@@ -44,10 +46,10 @@ def register_block_layers(registry: Registry) -> None:
 
 
 @cache
-def _layer_class(name: str) -> type[nn.Module]:
+def _layer_class(name: str) -> type[Any]:
     """A class whose call builds a block: ``Class(in_channels=C, dims=2, **options)``."""
 
-    def build(cls: type, in_channels: int, dims: int = 2, **options: Any) -> nn.Module:
+    def build(cls: type[Any], in_channels: int, dims: int = 2, **options: Any) -> nn.Module:
         return build_layer(name, in_channels, dims, options)
 
     namespace = {
@@ -79,30 +81,8 @@ def build_layer(name: str, in_channels: int, dims: int, options: Mapping[str, An
         raise BlockError(str(error)) from error
     checked.pop("type")
     block = entry.build(in_channels, dims=dims, **checked)
-    block.__class__ = _plugin_class(type(block))
+    block.__class__ = mixed_class(PluginLayer, type(block))
     return block
-
-
-@cache
-def _plugin_class(base: type[nn.Module]) -> type[nn.Module]:
-    namespace = {
-        "__module__": base.__module__,
-        "__doc__": base.__doc__,
-        "__reduce_ex__": _reduce_plugin,
-    }
-    made = type(base)(base.__name__, (PluginLayer, base), namespace)
-    made.__qualname__ = base.__qualname__
-    return made
-
-
-def _reduce_plugin(block: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    return (_new_plugin, (type(block).__bases__[1],), *object.__reduce_ex__(block, 2)[2:])
-
-
-def _new_plugin(base: type[nn.Module]) -> nn.Module:
-    """Rebuild an empty plugin layer for pickle and copy."""
-    made = _plugin_class(base)
-    return made.__new__(made)
 
 
 @MODELS.register_module()  # type: ignore[untyped-decorator]
@@ -149,5 +129,18 @@ class Stack(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks on (B, C, *spatial)."""
-        return super().forward(x)  # type: ignore[no-any-return]
+        return super().forward(x)  # type: ignore[no-any-return,no-untyped-call]
 
+
+def all_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Every block in a model by its path: inserted ones and plugin layers.
+
+    Args:
+        model: Any model, not wrapped.
+    """
+    found = dict(blocks_of(model))
+    known = {id(block) for block in found.values()}
+    for path, module in model.named_modules():
+        if isinstance(module, PluginLayer) and id(module) not in known:
+            found[path] = module
+    return found

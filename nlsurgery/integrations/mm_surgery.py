@@ -15,6 +15,7 @@ from nlsurgery.errors import ModelError, RecipeError
 from nlsurgery.integrations.mm_checkpoints import allow_runner_checkpoints
 from nlsurgery.integrations.mm_hub import build_hub_model
 from nlsurgery.integrations.mm_operated import Operated, SurgeryState, blocks_of, make_operated
+from nlsurgery.integrations.mm_plugins import all_blocks
 from nlsurgery.recipe import Recipe, load_recipe
 from nlsurgery.registry import MODELS
 from nlsurgery.reporting import report
@@ -90,7 +91,7 @@ def freeze(model: nn.Module) -> None:
     """
     if isinstance(model, Operated):
         model._surgery.frozen = True
-    kept = {id(p) for _, block in blocks_of(model) for p in block.parameters()}
+    kept = {id(p) for block in all_blocks(model).values() for p in block.parameters()}
     kept |= {id(p) for p in getattr(model, "head_parameters", list)()}
     for parameter in model.parameters():
         if id(parameter) not in kept:
@@ -167,6 +168,4 @@ def _carrier(built: nn.Module) -> nn.Module:
 def _as_list(init_cfg: InitCfg | None) -> list[dict[str, Any]]:
     if init_cfg is None:
         return []
-    return [
-        dict(cfg) for cfg in ([init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg))
-    ]
+    return [dict(cfg) for cfg in ([init_cfg] if isinstance(init_cfg, Mapping) else list(init_cfg))]
