@@ -327,11 +327,17 @@ def draw_attention(
     Returns:
         The pictures, one a block that has an attention map.
     """
+    from timm.data import resolve_model_data_config
+
     from nlsurgery.viz.figure import attention_figure
+    from nlsurgery.viz.images import seen_image
 
     image, _ = data.val[1](0)
     target = folder / "attention"
     target.mkdir(exist_ok=True)
     model.eval()
     tensor = transform(image)[None].to(device)
-    return tuple(attention_figure(model, tensor, image, None, target))
+    # The transform crops, so the picture is made from what the model sees.
+    resolved = resolve_model_data_config(model)
+    seen = seen_image(tensor, mean=resolved["mean"], std=resolved["std"])
+    return tuple(attention_figure(model, tensor, seen, None, target))
