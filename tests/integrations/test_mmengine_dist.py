@@ -1,0 +1,50 @@
+"""Two gloo processes give the numbers of one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder: Path, case: str, *, processes: int) -> dict[str, torch.Tensor]:
+    """Train in so many processes; returns the saved state_dict."""
+    command = [sys.executable, "-W", "ignore"]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += ["-m", "tests.integrations.mm_dist", str(folder), case]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        env.pop(name, None)
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    state: dict[str, torch.Tensor] = torch.load(folder / "epoch_1.pth", weights_only=False)[
+        "state_dict"
+    ]
+    return state
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "frozen_stages",
+        pytest.param("freeze_backbone", marks=pytest.mark.slow),
+        pytest.param("constructor", marks=pytest.mark.slow),
+        pytest.param("plain", marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path, case: str) -> None:
+    one = run(tmp_path / "one", case, processes=1)
+    two = run(tmp_path / "two", case, processes=2)
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    gates = [v for k, v in two.items() if k.endswith(("nlsurgery.0.gamma", "nlsurgery.0.bn.weight"))]
+    assert len(gates) == 3
+    assert all(gate.any() for gate in gates)
