@@ -19,7 +19,7 @@ from nlsurgery.blocks.affinity import accumulator, apply_map, softmax_map, witho
 #: Bytes of logits that one chunk may take: they should stay in the last-level cache.
 CHUNK_BYTES = 16 << 20
 #: Beyond this size, rounding a logit to bfloat16 shows in the result.
-ROUNDED_LOGIT = 2.0
+ROUNDED_LOGIT = 4.0
 
 
 def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> Tensor:
