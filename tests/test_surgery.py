@@ -254,11 +254,11 @@ def test_error_in_the_middle_of_splicing_rolls_back(
     assert len(plan.insertions) == 5
     real, calls = splice.Inserted.add, []
 
-    def failing(self: Any, block: nn.Module, record: Any) -> None:
+    def failing(self: Any, block: nn.Module, record: Any, *place: Any) -> None:
         calls.append(record)
         if len(calls) == 8:  # five in the rehearsal, the third of the real ones
             raise MemoryError("no room")
-        real(self, block, record)
+        real(self, block, record, *place)
 
     monkeypatch.setattr(splice.Inserted, "add", failing)
     with pytest.raises(MemoryError):
