@@ -93,14 +93,14 @@ def test_saved_model_scores_what_the_run_said(finished: Any) -> None:
 def test_interrupted_run_resumes_to_the_same_numbers(finished: Any, values: dict[str, Any]) -> None:
     _, whole, _, _ = finished
 
-    class Killed(Exception):
+    class KilledError(Exception):
         pass
 
     def stop(step: int, *rest: Any) -> None:
         if step == 5:
-            raise Killed
+            raise KilledError
 
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         finetune(values, progress=stop)
     result, said = finetune(values, resume=True)
     assert any("resuming after epoch 1" in line for line in said)
