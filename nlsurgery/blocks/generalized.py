@@ -22,9 +22,9 @@ torch.fx.wrap("checked_input")
 
 @torch.fx.wrap
 def strided(x: Tensor, stride: int) -> Tensor:
-    """Every ``stride``-th position in every spatial dimension."""
+    """Every ``stride``-th position in every spatial dimension, a copy."""
     every = [slice(None), slice(None), *[slice(None, None, stride)] * (x.dim() - 2)]
-    return x[tuple(every)] if stride > 1 else x
+    return x[tuple(every)].contiguous() if stride > 1 else x
 
 
 def offset_codes(queries: int, keys: int, stride: int, size: int, like: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def build_asymmetric(
     *,
     dims: int,
     reduction: float = 2,
-    sizes: tuple[int, ...] = (1, 3, 6, 8),
+    sizes: Sequence[int] = (1, 3, 6, 8),
     use_scale: bool = True,
     norm: Norm = "bn",
 ) -> AsymmetricNonLocal:

@@ -1,4 +1,4 @@
-"""The blocks of every packaged recipe can be built from their options, and start as the identity."""
+"""The blocks of every packaged recipe can be built and start as the identity."""
 
 from __future__ import annotations
 
