@@ -78,7 +78,11 @@ class ToyClassifier(BaseModel):
     """A whole model: backbone, pooling, linear head."""
 
     def __init__(
-        self, backbone: Any, num_classes: int = 10, data_preprocessor: Any = None, init_cfg: Any = None
+        self,
+        backbone: Any,
+        num_classes: int = 10,
+        data_preprocessor: Any = None,
+        init_cfg: Any = None,
     ) -> None:
         super().__init__(data_preprocessor=data_preprocessor, init_cfg=init_cfg)
         self.backbone = MODELS.build(backbone)
