@@ -14,9 +14,6 @@ import torch.distributed as dist
 from tests.integrations.mm_models import backbone
 from tests.integrations.mm_runs import loader, make_runner
 
-warnings.simplefilter("ignore")
-
-
 def main(folder: Path, case: str) -> None:
     """Train one epoch and let rank 0 save the weights.
 
@@ -59,4 +56,5 @@ def _world() -> int:
 
 
 if __name__ == "__main__":
+    warnings.simplefilter("ignore")
     main(Path(sys.argv[1]), sys.argv[2])

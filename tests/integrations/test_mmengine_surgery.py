@@ -168,7 +168,7 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["plain", "operated"])
-@pytest.mark.parametrize("place", ["inner", "outer", "load_from", "load_then_init"])
+@pytest.mark.parametrize("place", ["inner", "outer", "pretrained", "load_from", "load_then_init"])
 def test_checkpoints_load_whole(files: dict[str, str], kind: str, place: str) -> None:
     cfg = {"type": "Pretrained", "checkpoint": files[kind]}
     options: dict[str, Any] = {}
@@ -176,6 +176,8 @@ def test_checkpoints_load_whole(files: dict[str, str], kind: str, place: str) ->
         options = {"inner": {"init_cfg": cfg}}
     elif place == "outer":
         options = {"init_cfg": cfg}
+    elif place == "pretrained":
+        options = {"pretrained": files[kind]}
     model = MODELS.build(backbone(**options))
     if place == "load_then_init":
         load_checkpoint(model, files[kind], logger="current")
