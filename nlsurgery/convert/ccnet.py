@@ -22,7 +22,9 @@ def to_ours(state: State, choices: Choices, where: str) -> Converted:
     """Convert one ``CrissCrossAttention``; two passes unless ``choices`` say otherwise."""
     channels, inner, dims = sagan.check(state, "{}_conv", where)
     if dims != 2:
-        raise CheckpointError(f"{where}: criss-cross attention is 2-D, but the kernels are {dims}-D")
+        raise CheckpointError(
+            f"{where}: criss-cross attention is 2-D, but the kernels are {dims}-D"
+        )
     recurrence = 2 if choices.recurrence is None else choices.recurrence
     options = {"reduction": reduction_for(channels, inner), "recurrence": recurrence}
     origin = {key: key for key in state}

@@ -298,9 +298,7 @@ def _joined(first: Conversion, second: Conversion) -> Conversion:
         for new, middle in second.origin.items()
     }
     names = {spec.place: spec.name for spec in first.blocks}
-    blocks = tuple(
-        replace(spec, name=names.get(spec.name, spec.name)) for spec in second.blocks
-    )
+    blocks = tuple(replace(spec, name=names.get(spec.name, spec.name)) for spec in second.blocks)
     later = [Left(first.origin[row.key] or row.key, row.reason) for row in second.left]
     left = [row for row in later if row.key not in first.added]
     return Conversion(

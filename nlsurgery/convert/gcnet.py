@@ -92,7 +92,9 @@ def checked_context(block: OurBlock, layout: str) -> tuple[str, int, int]:
     require_shape(
         block.tensors,
         f"{fusion}_conv.0.weight",
-        tuple(block.tensors.get(f"{fusion}_conv.0.weight", block.tensors["conv_mask.weight"]).shape),
+        tuple(
+            block.tensors.get(f"{fusion}_conv.0.weight", block.tensors["conv_mask.weight"]).shape
+        ),
         block.where,
     )
     weight = block.tensors[f"{fusion}_conv.0.weight"]

@@ -37,9 +37,7 @@ _FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "danet:channel": ("gamma", ("gamma",)),
 }
-_INSERTED = re.compile(
-    rf"(?P<fqn>(?:(?P<host>.*)\.)?{CHILD_NAME}\.\d+)\.(?P<local>.+)", re.DOTALL
-)
+_INSERTED = re.compile(rf"(?P<fqn>(?:(?P<host>.*)\.)?{CHILD_NAME}\.\d+)\.(?P<local>.+)", re.DOTALL)
 #: Options of our builders that a state_dict does not hold, as they are by default.
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "non_local": {

@@ -23,9 +23,7 @@ from nlsurgery.errors import CheckpointError
 
 NAME = "timm"
 _BN = "weight|bias|running_mean|running_var|num_batches_tracked"
-_NL = re.compile(
-    rf"(?P<prefix>(?:.*\.)?)(?P<local>(?:t|p|g|z)\.(?:weight|bias)|norm\.(?:{_BN}))"
-)
+_NL = re.compile(rf"(?P<prefix>(?:.*\.)?)(?P<local>(?:t|p|g|z)\.(?:weight|bias)|norm\.(?:{_BN}))")
 _GC = re.compile(
     r"(?P<prefix>(?:.*\.)?)(?P<local>conv_attn\.(?:weight|bias)"
     r"|mlp_(?:add|scale)\.(?:fc1|fc2|norm)\.(?:weight|bias))"
