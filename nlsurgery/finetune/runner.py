@@ -71,7 +71,7 @@ def run(
     Raises:
         SurgeryError: Bad model, checkpoint, recipe or data; nothing has been written then.
     """
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(config)
     data = read_data(config)
     seed_everything(config.seed)
     backbone = build_backbone(config, data.num_classes)
@@ -99,6 +99,23 @@ def run(
     pictures = draw_attention(backbone, folder, data, val_transform, device)
     before, after = history.scores[0], history.scores[-1]
     return FinetuneResult(folder, folder / MODEL_FILE, before, after, difference, pictures)
+
+
+def choose_device(config: FinetuneConfig) -> torch.device:
+    """The device of a run: the one asked for, else CUDA where there is one.
+
+    Raises:
+        SurgeryError: It is not there, or cannot compute in the precision asked for.
+    """
+    name = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SurgeryError(f"--device {name}: not available here ({error})") from error
+    if config.amp == "fp16" and device.type != "cuda":
+        raise SurgeryError(f"--amp fp16 needs a CUDA device, but got {device.type}; use --amp bf16")
+    return device
 
 
 def build_backbone(config: FinetuneConfig, num_classes: int) -> nn.Module:
@@ -228,10 +245,6 @@ def _optimizer(config: FinetuneConfig, model: nn.Module, device: torch.device) -
     if config.amp == "bf16":
         return AutocastWrapper(device.type, optimizer=optimizer)
     if config.amp == "fp16":
-        if device.type != "cuda":
-            raise SurgeryError(
-                f"--amp fp16 needs a CUDA device, but got {device.type}; use --amp bf16"
-            )
         return AmpOptimWrapper(optimizer=optimizer, dtype="float16")
     return OptimWrapper(optimizer=optimizer)
 
