@@ -265,8 +265,8 @@ def _hints(model: nn.Module) -> Hints:
         if isinstance(declared := entry.get("num_chs"), int):
             channels.add(declared)
     prefix = getattr(model, "num_prefix_tokens", None)
-    entry = registered(model)
-    sequence = entry is not None and entry.token_order == "sequence"
+    known = registered(model)
+    sequence = known is not None and known.token_order == "sequence"
     return Hints(frozenset(channels), prefix if isinstance(prefix, int) else None, sequence)
 
 
