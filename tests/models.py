@@ -84,10 +84,10 @@ def trained_looking(model: nn.Module, seed: int = 0) -> nn.Module:
     return model
 
 
-def randomise_blocks(blocks: dict[str, nn.Module], seed: int = 0) -> None:
+def randomise_blocks(blocks: dict[str, nn.Module], seed: int = 0, std: float = 0.3) -> None:
     """Move inserted blocks away from the identity, as training does."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for block in blocks.values():
             for parameter in block.parameters():
-                parameter.normal_(0, 0.3, generator=generator)
+                parameter.normal_(0, std, generator=generator)

@@ -18,6 +18,8 @@ from nlsurgery.blocks.affinity import accumulator, apply_map, softmax_map, witho
 
 #: Bytes of logits that one chunk may take: they should stay in the last-level cache.
 CHUNK_BYTES = 16 << 20
+#: Beyond this size, rounding a logit to bfloat16 shows in the result.
+ROUNDED_LOGIT = 2.0
 
 
 def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> Tensor:
@@ -54,11 +56,36 @@ def chunks(batch: int, num_queries: int, num_keys: int) -> Iterator[tuple[slice,
             yield slice(first, first + together), slice(row, min(row + step, num_queries))
 
 
-def _probabilities(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    logits = torch.bmm(q, k.transpose(1, 2))
-    if scale != 1.0:
-        logits.mul_(scale)
-    return torch.softmax(logits, dim=-1, out=logits)
+class _Logits:
+    """Forms softmax rows for one call: which products, in which precision.
+
+    In bfloat16 on a CPU a float32 product takes more than twice as long, and no product of
+    bfloat16 gives float32. There the product runs in bfloat16, and where a row's largest logit
+    m is so large that rounding it matters, once more with -m in the accumulator: the logits that
+    weigh are then near 0, where bfloat16 is fine enough.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, scale: float) -> None:
+        self.shifted = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+        self.dtype = q.dtype if self.shifted else accumulator(q.dtype)
+        self.scale = scale
+        self.q, self.k = q, k.to(self.dtype)
+
+    def rows(self, b: slice, i: slice, shift: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Probabilities of queries ``i`` of batch items ``b``, and their shift if there is one."""
+        queries = self.q[b, i].to(self.dtype)
+        keys = self.k[b].transpose(1, 2)
+        if shift is None:
+            logits = torch.bmm(queries, keys)
+            if self.shifted and keys.shape[2]:
+                top = logits.amax(-1, keepdim=True)
+                if top.abs().amax().item() * self.scale > ROUNDED_LOGIT:
+                    shift = top
+        if shift is not None:
+            logits = torch.baddbmm(-shift, queries, keys)
+        if self.scale != 1.0:
+            logits.mul_(self.scale)
+        return torch.softmax(logits, dim=-1, out=logits), shift
 
 
 class _Chunked(torch.autograd.Function):
@@ -66,31 +93,42 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        ctx.save_for_backward(q, k, v)
-        ctx.scale = scale
-        dtype = accumulator(q.dtype)
-        keys = k.to(dtype)
+        logits = _Logits(q, k, scale)
         y = v.new_empty(q.shape[0], q.shape[1], v.shape[2])
+        shifts = []
         for b, i in chunks(q.shape[0], q.shape[1], k.shape[1]):
-            p = _probabilities(q[b, i].to(dtype), keys[b], scale)
+            p, shift = logits.rows(b, i)
+            shifts.append(shift)
             y[b, i] = torch.bmm(p.to(v.dtype), v[b])
+        ctx.save_for_backward(q, k, v)
+        ctx.scale, ctx.shifts = scale, shifts
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        scale, dtype = ctx.scale, accumulator(q.dtype)
-        keys, values = k.to(dtype), v.to(dtype)
+        logits = _Logits(q, k, ctx.scale)
+        dtype = logits.dtype
+        values = v.to(dtype)
         dq = q.new_empty(q.shape)
-        dk = torch.zeros(k.shape, dtype=dtype, device=k.device)
-        dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
-        for b, i in chunks(q.shape[0], q.shape[1], k.shape[1]):
+        dk = torch.zeros(k.shape, dtype=accumulator(dtype), device=k.device)
+        dv = torch.zeros(v.shape, dtype=accumulator(dtype), device=v.device)
+        pieces = chunks(q.shape[0], q.shape[1], k.shape[1])
+        for (b, i), shift in zip(pieces, ctx.shifts, strict=True):
             queries, grad = q[b, i].to(dtype), dy[b, i].to(dtype)
-            p = _probabilities(queries, keys[b], scale)
-            dv[b].baddbmm_(p.transpose(1, 2), grad)
+            p, _ = logits.rows(b, i, shift)
+            _add_product(dv[b], p, grad, 1.0)
             dp = torch.bmm(grad, values[b].transpose(1, 2))
             ds = torch._softmax_backward_data(dp, p, -1, dtype)
-            dq[b, i] = torch.bmm(ds, keys[b]).mul_(scale)
-            dk[b].baddbmm_(ds.transpose(1, 2), queries, alpha=scale)
+            dq[b, i] = torch.bmm(ds, logits.k[b]).mul_(ctx.scale)
+            _add_product(dk[b], ds, queries, ctx.scale)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
+    """Add factor · aᵀb to ``total``, in the precision of ``total``."""
+    if total.dtype == a.dtype:
+        total.baddbmm_(a.transpose(1, 2), b, alpha=factor)
+    else:
+        total.add_(torch.bmm(a.transpose(1, 2), b), alpha=factor)

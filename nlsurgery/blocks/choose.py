@@ -89,6 +89,9 @@ def choose_implementation(
 
 
 def _softmax_on_cpu(num_keys: int, head_size: int, value_size: int, dtype: torch.dtype) -> str:
+    if dtype == torch.bfloat16:
+        # The others form float32 logits by float32 products.
+        return "chunked"
     if num_keys <= value_size:
         return "explicit"
     # torch's fused attention falls back to an N×M tensor where the two sizes differ.

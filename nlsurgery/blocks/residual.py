@@ -116,7 +116,10 @@ def add_projected(x: Tensor, y: Tensor, out: nn.Module, norm: nn.Module | None) 
 def _may_fold(norm: BatchNorm, y: Tensor) -> bool:
     hooks = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks
     known = type(norm) is BatchNorm and norm.running_mean is not None and not hooks
-    return known and not norm.training and y.numel() >= y.shape[1] ** 2
+    if not known or norm.training:
+        return False
+    # A choice by size would fix the sizes of a traced graph.
+    return torch.compiler.is_compiling() or y.numel() >= y.shape[1] ** 2
 
 
 def _folded(y: Tensor, out: nn.Module, norm: BatchNorm) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -48,9 +47,6 @@ def _root(
 
 for _command in (inspect, plan, apply, recipes, finetune, attend):
     app.command()(reporting_errors(_command))
-if importlib.util.find_spec("nlsurgery.cli.finetune"):
-    _finetune = importlib.import_module("nlsurgery.cli.finetune").finetune
-    app.command()(reporting_errors(_finetune))
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -86,7 +86,7 @@ def capture_attention(
 
     def hook_for(fqn: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
         def record(block: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            found[fqn] = _read_rows(fqn, block, inputs[0], points)
+            found[fqn] = read_rows(fqn, block, inputs[0], points)
 
         return record
 
@@ -118,9 +118,20 @@ def grid_points(side: int) -> tuple[tuple[float, float], ...]:
     return tuple((x, y) for y in middles for x in middles)
 
 
-def _read_rows(
+def read_rows(
     fqn: str, block: nn.Module, x: Tensor, points: Sequence[tuple[float, float]]
 ) -> AttentionRows | Skipped:
+    """Compute where a block attends from some points of its input.
+
+    Args:
+        fqn: How the result names the block.
+        block: A block, with or without an attention map.
+        x: (B, C, H, W), what it was called with; the first of the batch is read.
+        points: (x, y) of each query, relative, in [0, 1].
+
+    Returns:
+        The rows, or why there are none.
+    """
     if not callable(getattr(block, "attention", None)):
         return Skipped(fqn, f"{type(block).__name__} has no attention map")
     if x.ndim != 4:

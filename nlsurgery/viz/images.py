@@ -104,3 +104,22 @@ def view_image(
     shown = (max(1, round(width * zoom)), max(1, round(height * zoom)))
     display = image.resize(shown, Image.Resampling.BICUBIC, box=box)
     return View(((pixels - centre) / spread).unsqueeze(0), display, box)
+
+
+def seen_image(
+    tensor: Tensor,
+    *,
+    mean: Sequence[float] = (0.485, 0.456, 0.406),
+    std: Sequence[float] = (0.229, 0.224, 0.225),
+) -> Image.Image:
+    """Turn a model's input back into a picture: just what it saw, at its size.
+
+    Args:
+        tensor: (1, 3, H, W), normalised.
+        mean: Mean of each colour that was subtracted, in [0, 1].
+        std: Standard deviation of each colour that was divided by.
+    """
+    pixels = tensor[0].detach().float().cpu()
+    pixels = pixels * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+    colours = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    return Image.fromarray(colours.contiguous().numpy())

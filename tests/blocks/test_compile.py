@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import logging
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from nlsurgery.blocks import NonLocal, SelfAttention
+
 from .cases import randomised
+from .test_forms import PAIRS
 from .test_identity import BLOCKS, build
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -54,3 +61,69 @@ def test_exports_with_dynamic_sizes(name):
     for size in ((6, 5), (9, 4)):
         x = torch.randn(2, 16, *size)
         torch.testing.assert_close(program.module()(x), block(x), **CLOSE)
+
+
+def block_of_form(mode: str, form: str, **options: object) -> nn.Module:
+    torch.manual_seed(0)
+    return randomised(NonLocal(8, 4, mode=mode, implementation=form, **options), std=0.3).eval()
+
+
+@pytest.mark.parametrize(("mode", "form"), PAIRS)
+def test_every_form_compiles_as_one_graph_of_any_size(mode, form):
+    block = block_of_form(mode, form).train()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in ((6, 5), (8, 9)):
+        x = torch.randn(2, 8, *size, requires_grad=True)
+        y = compiled(x)
+        torch.testing.assert_close(y, block(x), **CLOSE)
+        grads = [torch.autograd.grad(z.square().sum(), x)[0] for z in (y, block(x))]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("sub_sample", [False, True], ids=["all", "sub"])
+@pytest.mark.parametrize(("mode", "form"), PAIRS)
+def test_every_form_exports_with_dynamic_sizes(mode, form, sub_sample):
+    block = block_of_form(mode, form, sub_sample=sub_sample)
+    sizes = {2: torch.export.Dim("h", min=4, max=512), 3: torch.export.Dim("w", min=4, max=512)}
+    program = torch.export.export(block, (torch.randn(2, 8, 6, 5),), dynamic_shapes=(sizes,))
+    for size in ((6, 5), (9, 4), (30, 40)):
+        x = torch.randn(2, 8, *size)
+        torch.testing.assert_close(program.module()(x), block(x), **CLOSE)
+
+
+@pytest.mark.parametrize("mode", ["embedded_gaussian", "dot_product", "concatenation"])
+def test_auto_exports_wide_blocks_with_dynamic_sizes(mode):
+    """The choice by size must not fix the sizes of the graph."""
+    block = randomised(NonLocal(256, mode=mode), std=0.05).eval()
+    sizes = {2: torch.export.Dim("h", min=4, max=512), 3: torch.export.Dim("w", min=4, max=512)}
+    program = torch.export.export(block, (torch.randn(1, 256, 6, 5),), dynamic_shapes=(sizes,))
+    x = torch.randn(1, 256, 20, 20)
+    torch.testing.assert_close(program.module()(x), block(x), rtol=1e-4, atol=1e-4)
+
+
+ONNX_BLOCKS = [
+    *(pytest.param(lambda m=m, f=f: block_of_form(m, f), id=f"{m}-{f}") for m, f in PAIRS),
+    pytest.param(lambda: randomised(SelfAttention(8)).eval(), id="self_attention"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("make", ONNX_BLOCKS)
+def test_every_form_exports_to_onnx(make):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
+    block = make()
+    sizes = {2: torch.export.Dim("h", min=4, max=64), 3: torch.export.Dim("w", min=4, max=64)}
+    x = torch.randn(1, 8, 6, 5)
+    program = torch.onnx.export(block, (x,), dynamo=True, dynamic_shapes=(sizes,), verbose=False)
+    file = io.BytesIO()
+    program.save(file)
+    model = onnx.load_from_string(file.getvalue())
+    for size in ((6, 5), (7, 9)):
+        x = torch.randn(1, 8, *size)
+        (y,) = ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})
+        np.testing.assert_allclose(y, block(x).detach().numpy(), rtol=1e-4, atol=1e-4)

@@ -64,6 +64,65 @@ def test_saved_file_needs_no_recipe(photo: Path, tmp_path: Path, run: Run, capsy
     assert result["skipped"] == {}
 
 
+@pytest.fixture(scope="module")
+def work_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run leaves that attend reads, of a model with 3 classes and its own input size."""
+    from nlsurgery.finetune.checkpoints import MODEL_FILE
+    from nlsurgery.finetune.config import FinetuneConfig
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    folder.mkdir()
+    config = FinetuneConfig.make(model="resnet18", recipe="res4_1block", data="x", image_size=96)
+    config.write(folder)
+    model = timm.create_model("resnet18", num_classes=3)
+    nlsurgery.apply(model, config.recipe, input_size=(3, 96, 96))
+    nlsurgery.save(model, folder / MODEL_FILE)
+    return folder
+
+
+def test_work_dir_needs_no_more_options(
+    work_dir: Path, photo: Path, tmp_path: Path, run: Run, capsys: Shown
+) -> None:
+    out = tmp_path / "pictures"
+    assert run("attend", work_dir, photo, "--out", out) == 0
+    shown = capsys.readouterr()
+    assert names_in(out) == ["cat-layer3.0.nlsurgery.0.png"]
+    assert shown.err == ""
+
+
+def test_work_dir_s_image_size_is_used(
+    work_dir: Path, photo: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from nlsurgery.viz import capture
+
+    seen: list[tuple[int, ...]] = []
+    original = capture.capture_attention
+
+    def spy(model: torch.nn.Module, image: torch.Tensor, points: object) -> object:
+        seen.append(tuple(image.shape))
+        return original(model, image, points)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(capture, "capture_attention", spy)
+    out = tmp_path / "pictures"
+    assert run("attend", work_dir, photo, "--out", out) == 0
+    assert run("attend", work_dir, photo, "--out", out, *SIZE) == 0
+    assert seen == [(1, 3, 96, 96), (1, 3, 64, 64)]
+
+
+def test_work_dir_excludes_a_recipe(work_dir: Path, photo: Path, run: Run, capsys: Shown) -> None:
+    assert run("attend", work_dir, photo, "--recipe", "res4_1block") == 2
+    assert "work dir" in capsys.readouterr().err
+
+
+def test_folder_named_like_a_model_is_no_work_dir(
+    photo: Path, plain: Path, tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "resnet18").mkdir()
+    words = ("attend", "resnet18", photo, "--recipe", "res4_1block", "--checkpoint", plain)
+    assert run(*words, "--out", "pictures", *SIZE) == 0
+
+
 def test_random_weights_are_warned_of(photo: Path, tmp_path: Path, run: Run, capsys: Shown) -> None:
     words = ("attend", "resnet18", photo, "--recipe", "res4_1block", "--out", tmp_path / "out")
     assert run(*words, *SIZE) == 0
@@ -115,6 +174,20 @@ def video_model(folder: Path) -> tuple[object, ...]:
     return "torchvision/r3d_18", folder / "cat.png", "--recipe", "res4_1block"
 
 
+def no_work_dir(folder: Path) -> tuple[object, ...]:
+    (folder / "empty").mkdir()
+    return folder / "empty", folder / "cat.png"
+
+
+def unsaved_run(folder: Path) -> tuple[object, ...]:
+    from nlsurgery.finetune.config import FinetuneConfig
+
+    config = FinetuneConfig.make(model="resnet18", recipe="res4_1block", data="x")
+    (folder / "started").mkdir()
+    config.write(folder / "started")
+    return folder / "started", folder / "cat.png"
+
+
 def inserted_alone(folder: Path) -> tuple[object, ...]:
     saved = folder / "alone.safetensors"
     model = nlsurgery.apply(timm.create_model("resnet18"), "res4_1block")
@@ -130,6 +203,8 @@ def inserted_alone(folder: Path) -> tuple[object, ...]:
         (no_recipe, "no inserted blocks to look at: give --recipe"),
         (far_point, "outside the part of the image"),
         (video_model, "video clips"),
+        (no_work_dir, "config.yaml is no readable run configuration"),
+        (unsaved_run, "has saved no model yet"),
         (inserted_alone, "holds the inserted blocks alone"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

@@ -13,7 +13,7 @@ from nlsurgery.cli.command import join_sizes
 from nlsurgery.cli.options import parse_input_size
 
 Run = Callable[..., int]
-COMMANDS = ("inspect", "plan", "apply", "recipes", "attend")
+COMMANDS = ("inspect", "plan", "apply", "recipes", "finetune", "attend")
 
 
 def test_help_lists_every_command(capsys: pytest.CaptureFixture[str], run: Run) -> None:

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from nlsurgery.errors import DataError
-from nlsurgery.viz.images import read_image, view_image
+from nlsurgery.viz.images import read_image, seen_image, view_image
 
 
 def test_view_is_the_middle_at_the_model_s_size() -> None:
@@ -78,3 +78,10 @@ def test_exif_turn_is_undone(tmp_path: Path) -> None:
     exif[0x0112] = 6
     Image.new("RGB", (20, 10)).save(tmp_path / "turned.jpg", exif=exif)
     assert read_image(tmp_path / "turned.jpg").size == (10, 20)
+
+
+def test_seen_image_undoes_the_normalisation() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8)
+    view = view_image(Image.fromarray(pixels), (24, 32), mean=(0.1, 0.5, 0.9), std=(0.2, 0.5, 1.0))
+    seen = seen_image(view.tensor, mean=(0.1, 0.5, 0.9), std=(0.2, 0.5, 1.0))
+    np.testing.assert_array_equal(np.asarray(seen), pixels)
