@@ -28,6 +28,7 @@ from nlsurgery.finetune.job import Job
 from nlsurgery.finetune.metrics import Accuracy
 from nlsurgery.finetune.model import Classifier, logits_of
 from nlsurgery.finetune.network import build_network
+from nlsurgery.viz.images import seen_image
 
 _TIMM_PREFIXES = ("torch", "hfds", "tfds", "wds", "hfids")
 
@@ -50,7 +51,7 @@ def classification_job(config: FinetuneConfig) -> Job:
 
     def view(index: int) -> tuple[Tensor, Image.Image, str]:
         tensor, label = val_samples[index]
-        return tensor, as_picture(tensor, data["mean"], data["std"]), classes[label]
+        return tensor, seen_image(tensor[None], mean=data["mean"], std=data["std"]), classes[label]
 
     return Job(
         network=network,
@@ -105,18 +106,3 @@ def _folder(root: Path, config: FinetuneConfig) -> tuple[tuple[str, ...], Part, 
     if videos:
         return classes, video_files(train), video_files(val), True
     return classes, image_files(train), image_files(val), False
-
-
-def as_picture(tensor: Tensor, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """A normalised image as a picture, enlarged for the eye.
-
-    Args:
-        tensor: (3, H, W).
-        mean: Mean of each colour, in [0, 1].
-        std: Standard deviation of each colour.
-    """
-    pixels = tensor * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
-    array = (pixels.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    zoom = max(1, 384 // max(array.shape[:2]))
-    size = (array.shape[1] * zoom, array.shape[0] * zoom)
-    return Image.fromarray(array).resize(size, Image.Resampling.NEAREST)

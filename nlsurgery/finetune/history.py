@@ -41,9 +41,11 @@ class History:
 
     @property
     def best_epoch(self) -> int:
-        """The first epoch with the best score."""
-        best = max(self.scores, key=lambda row: (row[self.score], -row["epoch"]))
-        return int(best["epoch"])
+        """The first trained epoch with the best score; 0 before there is one."""
+        trained = [row for row in self.scores if row["epoch"] > 0]
+        if not trained:
+            return 0
+        return int(max(trained, key=lambda row: (row[self.score], -row["epoch"]))["epoch"])
 
     @property
     def stale_epochs(self) -> int:

@@ -45,7 +45,7 @@ class FinetuneResult:
         score: Name of the score that counts.
         before: The scores on the validation set before the first step.
         after: The same after the last epoch.
-        best_epoch: The first epoch with the best score; 0 is before the first step.
+        best_epoch: The first trained epoch with the best score.
         max_difference: Largest difference between the outputs of the original and the operated model.
         stopped_at: The step after which a SIGTERM ended the run, None for a whole run.
         pictures: Attention pictures.
