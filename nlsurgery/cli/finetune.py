@@ -73,10 +73,12 @@ def finetune(
     data: Annotated[
         str | None,
         _option(
-            DATA, "--data", "A folder of classes of images or videos (or train/ and val/), a timm "
+            DATA,
+            "--data",
+            "A folder of classes of images or videos (or train/ and val/), a timm "
             "dataset such as torch/cifar10, or a COCO folder to detect in.",
         ),
-    ] = None,  # fmt: skip
+    ] = None,
     task: Annotated[Task | None, _option(DATA, "--task", "What is learnt. [classify]")] = None,
     data_root: Annotated[
         str | None, _option(DATA, "--data-root", "Root folder of a timm dataset.")
@@ -94,7 +96,9 @@ def finetune(
         Augment | None,
         _option(DATA, "--augment", "timm's augmentation, crops alone, or none. [default]"),
     ] = None,
-    epochs: Annotated[int | None, _option(TRAIN, "--epochs", "Passes over the data.", min=1)] = None,
+    epochs: Annotated[
+        int | None, _option(TRAIN, "--epochs", "Passes over the data.", min=1)
+    ] = None,
     batch_size: Annotated[
         int | None, _option(TRAIN, "--batch-size", "Samples a step, of all processes.", min=1)
     ] = None,
@@ -114,7 +118,9 @@ def finetune(
     ] = None,
     lr_steps: Annotated[
         str | None,
-        _option(TRAIN, "--lr-steps", "Epochs after which `step` divides the rate by 10, e.g. 8,11."),
+        _option(
+            TRAIN, "--lr-steps", "Epochs after which `step` divides the rate by 10, e.g. 8,11."
+        ),
     ] = None,
     warmup: Annotated[
         float | None, _option(TRAIN, "--warmup", "Share of all steps in which the rate rises.")

@@ -70,7 +70,8 @@ class StateHook(Hook):
             if name in state["grads"]:
                 parameter.grad = state["grads"][name].to(parameter.device)
         runner.optim_wrapper.load_state_dict(state["optimizer"])
-        for scheduler, saved in zip(runner.param_schedulers, state["schedulers"], strict=True):
+        schedulers = runner.param_schedulers or []
+        for scheduler, saved in zip(schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
         averaged = _averaged(runner)
         if averaged is not None:

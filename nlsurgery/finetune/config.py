@@ -16,7 +16,16 @@ DEMO = "demo"
 CONFIG_FILE = "config.yaml"
 #: What may differ between a run and its continuation without changing a number.
 FREE_FIELDS = frozenset(
-    {"num_workers", "device", "work_dir", "resume", "save_every", "tensorboard", "data_download"}
+    {
+        "num_workers",
+        "device",
+        "work_dir",
+        "resume",
+        "save_every",
+        "tensorboard",
+        "data_download",
+        "pictures",
+    }  # fmt: skip
 )
 
 
@@ -61,6 +70,7 @@ class FinetuneConfig(BaseModel):
         device: ``cuda``, ``cpu``, or None for what there is.
         work_dir: Where results go.
         save_every: Steps between two saves inside an epoch; after each epoch alone when None.
+        pictures: Draw the attention in so many validation images of different classes.
         tensorboard: Write TensorBoard files as well.
         resume: Go on from the work dir's last saved state.
     """
@@ -100,6 +110,7 @@ class FinetuneConfig(BaseModel):
     device: str | None = None
     work_dir: str = "work_dirs/finetune"
     save_every: PositiveInt | None = None
+    pictures: Annotated[int, Field(ge=0)] = 2
     tensorboard: bool = False
     resume: bool = False
 

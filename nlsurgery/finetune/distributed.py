@@ -54,7 +54,9 @@ def choose_device(device: str | None, local_rank: int | None) -> torch.device:
     try:
         chosen = torch.device(name)
     except RuntimeError as error:
-        raise SurgeryError(f"--device {name!r} is no device of torch (cpu, cuda, cuda:1)") from error
+        raise SurgeryError(
+            f"--device {name!r} is no device of torch (cpu, cuda, cuda:1)"
+        ) from error
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise SurgeryError(f"--device {name}: this torch sees no CUDA device; use --device cpu")

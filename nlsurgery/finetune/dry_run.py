@@ -103,9 +103,7 @@ def estimate(config: FinetuneConfig, *, say: Say = print) -> Estimate:
         )
 
 
-def _measure_steps(
-    model: Any, loader: Any, optimizer: OptimWrapper, device: torch.device
-) -> float:
+def _measure_steps(model: Any, loader: Any, optimizer: OptimWrapper, device: torch.device) -> float:
     """Seconds a training step takes, loading included."""
     model.train()
     batches = iter(loader)

@@ -113,7 +113,10 @@ def load_checkpoint(
     }  # fmt: skip
     wanted = set(own) - other_size
     load_tensors(
-        model, {key: value for key, value in tensors.items() if key not in other_size}, origin, wanted
+        model,
+        {key: value for key, value in tensors.items() if key not in other_size},
+        origin,
+        wanted,
     )
 
 

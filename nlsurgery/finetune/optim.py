@@ -54,9 +54,7 @@ def freeze(model: nn.Module, head: Collection[str]) -> None:
             parameter.requires_grad_(True)
 
 
-def make_optimizer(
-    config: FinetuneConfig, model: nn.Module, device: torch.device
-) -> OptimWrapper:
+def make_optimizer(config: FinetuneConfig, model: nn.Module, device: torch.device) -> OptimWrapper:
     """Build the optimiser of a model's trainable parameters.
 
     Args:

@@ -48,6 +48,13 @@ class QuietRunner(Runner):
         """Leave the model where it is: the Runner would move it to a GPU on its own."""
         return model
 
+    def train(self) -> nn.Module:
+        """Train, without mmengine's false alarms."""
+        with warnings.catch_warnings():
+            # While gradients are added up, the schedulers step before the first optimiser step.
+            warnings.filterwarnings("ignore", message=r"Detected call of `scheduler\.step\(\)`")
+            return super().train()
+
     def dump_config(self) -> None:
         """Write nothing: the resolved configuration lies in the work dir already."""
 

@@ -33,7 +33,11 @@ def seed_everything(seed: int) -> None:
 @contextmanager
 def keep_random_state() -> Iterator[None]:
     """Leave the global generators as they were found."""
-    python, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    python, numpy_state, torch_state = (
+        random.getstate(),
+        np.random.get_state(),
+        torch.get_rng_state(),
+    )
     try:
         yield
     finally:

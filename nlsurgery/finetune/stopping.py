@@ -11,7 +11,7 @@ import torch
 from mmengine.dist import all_reduce, get_dist_info
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818
     """A run that was asked to end.
 
     Args:

@@ -142,14 +142,14 @@ def prepare(config: FinetuneConfig, device: torch.device, say: Say) -> Operated:
     job = make_job(config)
     network = share_norms(job.network, device).to(device)
     if config.checkpoint is None and not config.pretrained and not config.resume:
-        say(f"{config.model} starts from random weights: give --checkpoint or --pretrained for others")
+        say(
+            f"{config.model} starts from random weights: give --checkpoint or --pretrained for others"
+        )
     made = plan(network, config.recipe, input_size=job.input_size)
     say(str(made))
     num_samples = min(len(job.val), config.batch_size)  # type: ignore[arg-type]
     batch = job.collate([job.val[index] for index in range(num_samples)])
-    difference = operate(
-        network, config, job.input_size, lambda model: job.outputs(model, batch)
-    )
+    difference = operate(network, config, job.input_size, lambda model: job.outputs(model, batch))
     say(f"identity on the first batch of {num_samples}: max |Δ| = {difference:g}")
     share_norms(network, device)
     if config.freeze_backbone:
@@ -240,7 +240,7 @@ def _finish(
         if stopped_at is None:
             network: nn.Module = prepared.job.network
             _take_saved_weights(network, folder)
-            pictures = draw_attention(network, prepared.job, folder, device, say)
+            pictures = draw_attention(network, prepared.job, config.pictures, folder, device, say)
     barrier()
     if not history.scores:
         raise SurgeryError("the run was asked to end before its first score; nothing was trained")
