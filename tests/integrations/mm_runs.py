@@ -17,7 +17,9 @@ from torch.utils.data import Dataset
 
 from tests.integrations.mm_models import backbone
 
-DIGITS = Registry("dataset", parent=DATASETS, scope="toys", locations=["tests.integrations.mm_runs"])
+DIGITS = Registry(
+    "dataset", parent=DATASETS, scope="toys", locations=["tests.integrations.mm_runs"]
+)
 SCORES = Registry("metric", parent=METRICS, scope="toys", locations=["tests.integrations.mm_runs"])
 WATCHERS = Registry("hook", parent=HOOKS, scope="toys", locations=["tests.integrations.mm_runs"])
 
