@@ -14,6 +14,7 @@ import torch.distributed as dist
 from tests.integrations.mm_models import backbone
 from tests.integrations.mm_runs import loader, make_runner
 
+
 def main(folder: Path, case: str) -> None:
     """Train one epoch and let rank 0 save the weights.
 

@@ -49,6 +49,8 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path, case: str) -> Non
     assert one.keys() == two.keys()
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-4, atol=1e-5, msg=key)
-    gates = [v for k, v in two.items() if k.endswith(("nlsurgery.0.gamma", "nlsurgery.0.bn.weight"))]
+    gates = [
+        v for k, v in two.items() if k.endswith(("nlsurgery.0.gamma", "nlsurgery.0.bn.weight"))
+    ]
     assert len(gates) == 3
     assert all(gate.any() for gate in gates)

@@ -205,9 +205,7 @@ def test_one_custom_key_reaches_inserted_blocks_and_plugins() -> None:
         },
     )
     names = {id(p): name for name, p in model.named_parameters()}
-    fast = {
-        names[id(g["params"][0])] for g in wrapper.optimizer.param_groups if g["lr"] == 1.0
-    }
+    fast = {names[id(g["params"][0])] for g in wrapper.optimizer.param_groups if g["lr"] == 1.0}
     assert fast == {name for name in names.values() if "nlsurgery" in name}
     assert len(fast) == len(nlsurgery.inserted_parameters(model)) + len(list(plugin.parameters()))
 
