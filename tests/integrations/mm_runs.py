@@ -9,7 +9,7 @@ import torch
 from mmengine.config import Config
 from mmengine.evaluator import BaseMetric
 from mmengine.hooks import Hook
-from mmengine.registry import DATASETS, HOOKS, METRICS, Registry
+from mmengine.registry import DATASETS, FUNCTIONS, HOOKS, METRICS, Registry
 from mmengine.runner import Runner
 from sklearn.datasets import load_digits
 from torch import Tensor
@@ -21,6 +21,9 @@ DIGITS = Registry(
     "dataset", parent=DATASETS, scope="toys", locations=["tests.integrations.mm_runs"]
 )
 SCORES = Registry("metric", parent=METRICS, scope="toys", locations=["tests.integrations.mm_runs"])
+COLLATES = Registry(
+    "function", parent=FUNCTIONS, scope="toys", locations=["tests.integrations.mm_runs"]
+)
 WATCHERS = Registry("hook", parent=HOOKS, scope="toys", locations=["tests.integrations.mm_runs"])
 
 
@@ -56,6 +59,26 @@ class Digits(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], self.labels[index]
+
+
+@DIGITS.register_module()
+class DigitSamples(Digits):
+    """The same, each as mmpretrain takes it."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]:  # type: ignore[override]
+        from mmpretrain.structures import DataSample
+
+        image, label = super().__getitem__(index)
+        return {"inputs": image, "data_samples": DataSample().set_gt_label(label)}
+
+
+@COLLATES.register_module()
+def stack_samples(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """Images in one tensor, samples in a list."""
+    return {
+        "inputs": torch.stack([item["inputs"] for item in items]),
+        "data_samples": [item["data_samples"] for item in items],
+    }
 
 
 @SCORES.register_module()
