@@ -213,7 +213,7 @@ def _from_ours(
     places: Mapping[str, str],
     options: Options | None,
 ) -> Conversion:
-    found = find_ours(frozenset(state))
+    found = find_ours(frozenset(state), options or ())
     if not found:
         raise CheckpointError("no block of nlsurgery is in the checkpoint")
     _check_places(places, [block.prefix for block in found])

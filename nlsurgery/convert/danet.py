@@ -52,6 +52,14 @@ def _strip(key: str) -> str | None:
     return key.removeprefix("pretrained.")
 
 
+def _tells(keys: frozenset[str]) -> bool:
+    """Not by a lone ``gamma``: a transformer's layer scale is called so too."""
+    by_name = sagan.names_danet(keys)
+    return by_name or (
+        not sagan.names_ccnet(keys) and any(".query_conv." in f".{key}" for key in keys)
+    )
+
+
 def _sa(host: str) -> str | None:
     return f"{host}.sa" if host else "sa"
 
@@ -87,5 +95,5 @@ LAYOUT = Layout(
         ),
     ),
     base_to_ours=_strip,
-    tells=lambda keys: not sagan.names_ccnet(keys),
+    tells=_tells,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,12 @@ class FoundOurs:
     keys: Mapping[str, str]
 
 
-def find_ours(keys: frozenset[str]) -> list[FoundOurs]:
+def find_ours(keys: frozenset[str], known: Collection[str] = ()) -> list[FoundOurs]:
     """Find our blocks.
+
+    Args:
+        keys: All keys.
+        known: Paths of bare blocks; a lone ``gamma`` is a block only there, or if it is all there is.
 
     Raises:
         CheckpointError: An inserted block has a type that no converter knows.
@@ -80,7 +84,7 @@ def find_ours(keys: frozenset[str]) -> list[FoundOurs]:
             groups.setdefault(match["fqn"], {})[match["local"]] = key
             hosts[match["fqn"]] = match["host"] or ""
     if not groups:
-        return _bare(keys)
+        return _bare(keys, known)
     found: list[FoundOurs] = []
     for fqn, members in groups.items():
         kind = _type_of(frozenset(members))
@@ -92,18 +96,17 @@ def find_ours(keys: frozenset[str]) -> list[FoundOurs]:
     return found
 
 
-def _bare(keys: frozenset[str]) -> list[FoundOurs]:
+def _bare(keys: frozenset[str], known: Collection[str]) -> list[FoundOurs]:
     found: list[FoundOurs] = []
     for kind, (pattern, _) in _FORMS.items():
-        if kind == "danet:channel":
-            continue
         groups: dict[str, dict[str, str]] = {}
         for key in sorted(keys):
             match = re.fullmatch(rf"(?P<prefix>(?:.*\.)?)(?P<local>{pattern})", key)
             if match is not None:
                 groups.setdefault(match["prefix"].removesuffix("."), {})[match["local"]] = key
         for prefix, members in groups.items():
-            if _type_of(frozenset(members)) == kind:
+            lone = kind == "danet:channel" and prefix not in known and len(keys) > 1
+            if _type_of(frozenset(members)) == kind and not lone:
                 found += _parts(FoundOurs(prefix, None, kind, members))
     return found
 
