@@ -233,7 +233,7 @@ def _cost(point: InsertionPoint) -> tuple[int, int, int]:
     alive: list[Tensor] = []
     block.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        block(x)
+        block(x.detach())
     block.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         block(x)
