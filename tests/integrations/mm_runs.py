@@ -27,7 +27,7 @@ COLLATES = Registry(
 WATCHERS = Registry("hook", parent=HOOKS, scope="toys", locations=["tests.integrations.mm_runs"])
 
 
-class Killed(Exception):
+class KilledError(Exception):
     """Stands for the end of a process in the middle of an epoch."""
 
 
@@ -40,7 +40,7 @@ class KillAt(Hook):
 
     def after_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
         if runner.iter + 1 == self.iteration:
-            raise Killed
+            raise KilledError
 
 
 @DIGITS.register_module()

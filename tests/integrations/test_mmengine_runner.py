@@ -19,7 +19,7 @@ import nlsurgery
 from nlsurgery.errors import ModelError
 from nlsurgery.integrations.mm_checkpoints import allow_runner_checkpoints
 from tests.integrations.mm_models import BLOCKS, assert_same, backbone
-from tests.integrations.mm_runs import Killed, make_runner
+from tests.integrations.mm_runs import KilledError, make_runner
 
 pytestmark = pytest.mark.filterwarnings(
     # mmengine 0.10.7 on a newer torch.
@@ -71,7 +71,7 @@ def test_resume_after_a_kill_goes_on_as_if_never_stopped(tmp_path: Path) -> None
     whole = make_runner(tmp_path / "whole", epochs=2)
     whole.train()
     kill = [{"type": "toys.KillAt", "iteration": 11}]
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         make_runner(tmp_path / "parts", epochs=2, custom_hooks=kill).train()
     rest = make_runner(tmp_path / "parts", epochs=2, resume=True)
     rest.train()

@@ -7,7 +7,6 @@ import logging
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +42,12 @@ SECOND = {
 
 
 @pytest.fixture(autouse=True)
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """mmengine's logger, quiet on the terminal and readable by tests."""
     logger = MMLogger("tests", log_level="INFO")
     logger.handlers = [caplog.handler]
     MMLogger._instance_dict["tests"] = logger
-    yield caplog
-    del MMLogger._instance_dict["tests"]
+    return caplog
 
 
 def plain_state(model: nn.Module) -> dict[str, Any]:

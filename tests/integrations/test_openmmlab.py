@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import nlsurgery
 from nlsurgery.integrations.mm_plugins import all_blocks
 from tests.integrations import mmcv_ops
 from tests.integrations.mm_models import assert_same
-from tests.integrations.mm_runs import Killed, loader
+from tests.integrations.mm_runs import KilledError, loader
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PACKAGES = {"mmpretrain": "mmpretrain", "mmdet": "mmdet", "mmseg": "mmseg", "mmaction2": "mmaction"}
@@ -32,14 +31,11 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
+def _quiet() -> None:
     """Initialisation logs of these libraries run to megabytes."""
     logger = MMLogger("quiet", log_level="ERROR")
     logger.handlers = [logging.NullHandler()]
     MMLogger._instance_dict["quiet"] = logger
-    yield
-    for name in [name for name in MMLogger._instance_dict if name != "mmengine"]:
-        del MMLogger._instance_dict[name]
 
 
 def library(name: str) -> Any:
@@ -162,7 +158,7 @@ def test_mmpretrain_trains_on_digits_and_resumes(tmp_path: Path) -> None:
     whole = digits_runner(tmp_path / "whole")
     whole.train()
     kill = [{"type": "toys.KillAt", "iteration": 6}]
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         digits_runner(tmp_path / "parts", custom_hooks=kill).train()
     rest = digits_runner(tmp_path / "parts", resume=True)
     rest.train()
