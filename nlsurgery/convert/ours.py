@@ -98,9 +98,10 @@ def find_ours(keys: frozenset[str], known: Collection[str] = ()) -> list[FoundOu
 
 def _bare(keys: frozenset[str], known: Collection[str]) -> list[FoundOurs]:
     found: list[FoundOurs] = []
+    free = set(keys)
     for kind, (pattern, _) in _FORMS.items():
         groups: dict[str, dict[str, str]] = {}
-        for key in sorted(keys):
+        for key in sorted(free):
             match = re.fullmatch(rf"(?P<prefix>(?:.*\.)?)(?P<local>{pattern})", key)
             if match is not None:
                 groups.setdefault(match["prefix"].removesuffix("."), {})[match["local"]] = key
@@ -108,6 +109,7 @@ def _bare(keys: frozenset[str], known: Collection[str]) -> list[FoundOurs]:
             lone = kind == "danet:channel" and prefix not in known and len(keys) > 1
             if _type_of(frozenset(members)) == kind and not lone:
                 found += _parts(FoundOurs(prefix, None, kind, members))
+                free -= set(members.values())
     return found
 
 
