@@ -109,7 +109,8 @@ class StateHook(Hook):
         self.write(runner, runner.iter)
         if is_main_process():
             averaged = _averaged(runner)
-            network: nn.Module = (_inner(runner) if averaged is None else averaged.module).backbone
+            trained: Any = _inner(runner) if averaged is None else averaged.module
+            network: nn.Module = trained.backbone
             save(network, self.folder / MODEL_FILE)
             if self.history.stale_epochs == 0:
                 save(network, self.folder / BEST_FILE)

@@ -203,11 +203,11 @@ def clip_transforms(config: FinetuneConfig, model: nn.Module) -> tuple[Transform
     import torchvision
 
     library, name = find_model(config.model)
-    weights = None
+    weights: Any = None
     if library == "torchvision":
         weights = getattr(torchvision.models.get_model_weights(name), "DEFAULT", None)
     preset = None if weights is None else weights.transforms()
-    if type(preset).__name__ != "VideoClassification":
+    if weights is None or preset is None or type(preset).__name__ != "VideoClassification":
         raise DataError(
             f"--data {config.data} holds videos, but {config.model} is no video model of torchvision "
             f"(r3d_18, mc3_18, r2plus1d_18, s3d, mvit_v2_s, swin3d_t, ...)"

@@ -16,16 +16,8 @@ DEMO = "demo"
 CONFIG_FILE = "config.yaml"
 #: What may differ between a run and its continuation without changing a number.
 FREE_FIELDS = frozenset(
-    {
-        "num_workers",
-        "device",
-        "work_dir",
-        "resume",
-        "save_every",
-        "tensorboard",
-        "data_download",
-        "pictures",
-    }  # fmt: skip
+    {"num_workers", "device", "work_dir", "resume", "save_every"}
+    | {"tensorboard", "data_download", "pictures"}
 )
 
 

@@ -78,7 +78,7 @@ def is_first_process() -> bool:
 def share_norms(network: nn.Module, device: torch.device) -> nn.Module:
     """Let the BatchNorms of several CUDA processes use the statistics of the whole batch.
 
-    Only CUDA has such norms; on the CPU each process normalises by its own part.
+    Only CUDA has such norms; for the CPU see :mod:`nlsurgery.finetune.shared_norm`.
 
     Args:
         network: The original model, or an operated one whose blocks alone are converted.
@@ -101,6 +101,7 @@ def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
     """Wrap the Runner's model in mmengine's DDP when there are several processes."""
     if not distributed.is_initialized():
         return model
-    return MMDistributedDataParallel(
+    wrapped: nn.Module = MMDistributedDataParallel(
         module=model, device_ids=[device] if device.type == "cuda" else None
     )
+    return wrapped

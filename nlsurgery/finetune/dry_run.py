@@ -21,6 +21,7 @@ from nlsurgery.finetune.loading import make_loaders
 from nlsurgery.finetune.memory import explain_out_of_memory
 from nlsurgery.finetune.optim import make_optimizer
 from nlsurgery.finetune.seeding import keep_random_state
+from nlsurgery.finetune.shared_norm import shared_statistics
 from nlsurgery.finetune.training import Say, prepare
 from nlsurgery.tables import count_text
 
@@ -83,7 +84,7 @@ def estimate(config: FinetuneConfig, *, say: Say = print) -> Estimate:
     with process_group(config.device) as device, keep_random_state():
         prepared = prepare(config, device, say)
         job = prepared.job
-        with explain_out_of_memory(config, prepared.plan):
+        with explain_out_of_memory(config, prepared.plan), shared_statistics(device):
             train, val = make_loaders(config, job.train, job.val, job.collate)
             model = wrap_model(job.wrap(job.network).to(device), device)
             optimizer = make_optimizer(config, job.network, device)

@@ -63,7 +63,8 @@ class HistoryHook(Hook):
         progress: Called after every step.
     """
 
-    priority = "LOW"
+    #: Before the schedulers, so that the rate noted is the step's own.
+    priority = "BELOW_NORMAL"
 
     def __init__(
         self,

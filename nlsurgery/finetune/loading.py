@@ -64,7 +64,8 @@ class EpochSampler(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.num_samples // self.batch_size * self.batch_size // self.world_size
+        count: int = self.num_samples // self.batch_size * self.batch_size // self.world_size
+        return count
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         generator = torch.Generator()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,10 +123,11 @@ def load_checkpoint(
 
 def _resize(model: nn.Module, config: FinetuneConfig) -> None:
     """Prepare a timm transformer with a fixed input size for the run's."""
-    if config.image_size is None or not callable(getattr(model, "set_input_size", None)):
+    resize: Any = getattr(model, "set_input_size", None)
+    if config.image_size is None or not callable(resize):
         return
     try:
-        model.set_input_size(img_size=(config.image_size, config.image_size))
+        resize(img_size=(config.image_size, config.image_size))
     except (ValueError, AssertionError, TypeError) as error:
         raise ModelError(
             f"{config.model} cannot take --image-size {config.image_size}: {error}"

@@ -27,6 +27,7 @@ from nlsurgery.finetune.optim import check_precision, freeze
 from nlsurgery.finetune.pictures import draw_attention
 from nlsurgery.finetune.runner import make_runner
 from nlsurgery.finetune.seeding import keep_random_state
+from nlsurgery.finetune.shared_norm import shared_statistics
 from nlsurgery.finetune.stopping import Interrupted, StopSignal
 from nlsurgery.planning import Plan
 from nlsurgery.surgery import plan
@@ -111,7 +112,7 @@ def run(
         del state
         stopped_at = None
         try:
-            with explain_out_of_memory(config, prepared.plan):
+            with explain_out_of_memory(config, prepared.plan), shared_statistics(device):
                 runner.train()
         except Interrupted as end:
             stopped_at = end.step
