@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
+import yaml
+from pydantic import ValidationError
+
 from nlsurgery.errors import SurgeryError
+from nlsurgery.schema import RegistryFile
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -33,3 +38,29 @@ def data_folder(name: str) -> Path:
 def recipe_files() -> dict[str, Path]:
     """Every packaged recipe's file by name, sorted."""
     return {path.stem: path for path in sorted(data_folder("recipes").glob("*.yaml"))}
+
+
+@cache
+def registry() -> dict[str, RegistryFile]:
+    """Every registry entry by the full path of its class.
+
+    Raises:
+        SurgeryError: An entry is not valid.
+    """
+    entries: dict[str, RegistryFile] = {}
+    for path in sorted(data_folder("registry").glob("*.yaml")):
+        try:
+            entry = RegistryFile.model_validate(yaml.safe_load(path.read_text("utf-8")))
+        except (yaml.YAMLError, ValidationError) as error:
+            raise SurgeryError(f"registry/{path.name} is no valid entry: {error}") from error
+        if entry.model in entries:
+            raise SurgeryError(f"registry/{path.name}: {entry.model} has an entry already")
+        entries[entry.model] = entry
+    return entries
+
+
+def registered(model: object) -> RegistryFile | None:
+    """The registry entry of a model's class or the nearest of its bases, None when there is none."""
+    known = registry()
+    names = (f"{kind.__module__}.{kind.__qualname__}" for kind in type(model).__mro__)
+    return next((known[name] for name in names if name in known), None)

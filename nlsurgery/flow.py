@@ -7,8 +7,9 @@ blocks are told from their insides without a list of architectures.
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from nlsurgery.probe import Trace
 
@@ -29,6 +30,25 @@ _MIXING = (
 )
 
 
+def _without_gate(trace: Trace, node: int) -> tuple[int, ...]:
+    """The inputs of a node, less a per-channel gate (squeeze-and-excitation) that scales another.
+
+    A gate makes no second path for features: a layer with one is still a plain chain.
+    """
+    info = trace.nodes[node]
+    if len(info.preds) != 2 or not info.op.startswith("mul") or len(info.shape) not in (4, 5):
+        return info.preds
+    kept = tuple(p for p in info.preds if not _is_gate(trace.nodes[p].shape, info.shape))
+    return kept or info.preds
+
+
+def _is_gate(shape: tuple[int, ...], scaled: tuple[int, ...]) -> bool:
+    if len(shape) != len(scaled) or shape == scaled:
+        return False
+    first, last = math.prod(shape[2:]) == 1, math.prod(shape[1:-1]) == 1
+    return (first and math.prod(scaled[2:]) > 1) or (last and math.prod(scaled[1:-1]) > 1)
+
+
 class Flow:
     """Dominators and liveness in one trace.
 
@@ -39,19 +59,20 @@ class Flow:
     def __init__(self, trace: Trace) -> None:
         self.trace = trace
         self._preds = [node.preds for node in trace.nodes]
+        self._main = [_without_gate(trace, node) for node in range(len(trace.nodes))]
         self._succs: list[list[int]] = [[] for _ in self._preds]
         for node, preds in enumerate(self._preds):
             for pred in preds:
                 self._succs[pred].append(node)
         weights = random.Random(0)
         self._weight = [
-            {pred: weights.randrange(1, _PRIME) for pred in preds} for preds in self._preds
+            {pred: weights.randrange(1, _PRIME) for pred in preds} for preds in self._main
         ]
         self._forward = self._count_forward()
         self.outputs = tuple(dict.fromkeys(out.node for out in trace.outputs))
-        self._live = self._reach_back(self.outputs)
+        self._live = self._reach_back(self._preds, self.outputs)
         self.sink, self._cuts = self._choose_sink()
-        self._to_sink = self._reach_back((self.sink,)) if self.outputs else self._live
+        self._to_sink = self._reach_back(self._main, (self.sink,)) if self.outputs else self._live
 
     def is_cut(self, node: int) -> bool:
         """Whether every path from the input to the main output passes through ``node``."""
@@ -73,7 +94,7 @@ class Flow:
         reached = [False] * len(self._preds)
         for node in self.trace.inputs:
             reached[node] = node not in blocked
-        for node, preds in enumerate(self._preds):
+        for node, preds in enumerate(self._main):
             if preds and node not in blocked:
                 reached[node] = any(reached[pred] for pred in preds)
         return not reached[self.sink]
@@ -117,19 +138,19 @@ class Flow:
         counts = [0] * len(self._preds)
         for node in self.trace.inputs:
             counts[node] = 1
-        for node, preds in enumerate(self._preds):
+        for node, preds in enumerate(self._main):
             if preds:
                 weight = self._weight[node]
                 counts[node] = sum(weight[pred] * counts[pred] for pred in preds) % _PRIME
         return counts
 
-    def _reach_back(self, sinks: Iterable[int]) -> list[bool]:
-        reached = [False] * len(self._preds)
+    def _reach_back(self, all_preds: Sequence[tuple[int, ...]], sinks: Iterable[int]) -> list[bool]:
+        reached = [False] * len(all_preds)
         for sink in sinks:
             reached[sink] = True
         for node in range(len(self._preds) - 1, -1, -1):
             if reached[node]:
-                for pred in self._preds[node]:
+                for pred in all_preds[node]:
                     reached[pred] = True
         return reached
 
@@ -147,7 +168,7 @@ class Flow:
             if self._forward[node] * count % _PRIME == total:
                 cuts.append(node)
             weight = self._weight[node]
-            for pred in self._preds[node]:
+            for pred in self._main[node]:
                 backward[pred] = (backward[pred] + weight[pred] * count) % _PRIME
         return frozenset(cuts)
 

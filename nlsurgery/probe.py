@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import types
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nlsurgery.catalog import registered
 from nlsurgery.errors import ModelError
 from nlsurgery.walk import CHILD_NAME, HOOK_MARK, OutputPath, backbone_modules
 
@@ -298,10 +300,18 @@ def meta_copy(model: nn.Module, *, keep_inserted: bool = False) -> nn.Module:
         ) from error
     for module in twin.modules():
         module.training = False
+        if isinstance(module, nn.RNNBase):
+            module.forward = types.MethodType(_recurrent_shape, module)
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
             for key in [k for k, hook in hooks.items() if _left_out(hook, keep_inserted)]:
                 del hooks[key]
     return twin
+
+
+def _recurrent_shape(self: nn.RNNBase, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    """What a recurrent layer returns on the meta device, without its thousands of steps."""
+    width = (self.proj_size or self.hidden_size) * (2 if self.bidirectional else 1)
+    return x.sum(-1, keepdim=True).expand(*x.shape[:-1], width), state
 
 
 def _left_out(hook: object, keep_inserted: bool) -> bool:
@@ -349,6 +359,8 @@ def probe(
     part, prefix, args, kwargs, trace = _first_that_runs(twin, model, input_size, example_input)
     image_alone = len(args) == 1 and not kwargs and isinstance(args[0], Tensor)
     second = _second(part, trace) if image_alone else None
+    if second is not None and _same_inside(trace, second):
+        second = None  # the model resizes its input: the second size tells nothing
     for found in (trace, second):
         if found is not None:
             _rename(found, prefix)
@@ -388,14 +400,31 @@ def _inputs(
     if example is not None:
         yield twin, "", *_as_call(example)
         return
-    prefixes = [
-        "",
-        *(name for name in ("backbone",) if isinstance(getattr(model, name, None), nn.Module)),
-    ]
+    entry = registered(model)
+    if entry is not None and entry.backbone is not None:
+        prefixes = [entry.backbone]
+    else:
+        inner = isinstance(getattr(model, "backbone", None), nn.Module)
+        prefixes = ["", "backbone"] if inner else [""]
     for size in candidate_sizes(model, input_size):
         for prefix in prefixes:
-            args = (torch.empty((2, *size), device="meta", dtype=_dtype(model)),)
-            yield twin.get_submodule(prefix), prefix, args, {}
+            part = twin.get_submodule(prefix)
+            image = torch.empty((2, *size), device="meta", dtype=_dtype(model))
+            yield part, prefix, (image,) * _num_images(part), {}
+
+
+def _num_images(model: nn.Module) -> int:
+    """How many images a forward takes: its positional parameters without a default, one or two."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return 1
+    needed = [
+        p
+        for p in parameters
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    return 2 if len(needed) == 2 else 1
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
@@ -468,6 +497,17 @@ def _brief(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0][:160]}"
 
 
+def _same_inside(first: Trace, second: Trace) -> bool:
+    """Whether no module's output follows the input size."""
+    pairs = zip(first.calls, second.calls, strict=False)
+    shapes = (
+        [out.shape for out in one.outputs] == [out.shape for out in two.outputs]
+        for one, two in pairs
+        if one.fqn == two.fqn
+    )
+    return all(shapes)
+
+
 def _second(twin: nn.Module, first: Trace) -> Trace | None:
     """Trace at twice the height and three times the width, when the model can be brought to it."""
     shape = first.input_shape
@@ -497,11 +537,18 @@ def candidate_sizes(model: nn.Module, input_size: Sequence[int] | None) -> list[
                 f"but got {tuple(input_size)}"
             )
         return [(channels, *size)] if len(size) == 2 else [size]
+    entry = registered(model)
+    made_for = [tuple(entry.input_size)] if entry is not None and entry.input_size else []
+    return [*made_for, *_likely_sizes(model, channels, video)]
+
+
+def _likely_sizes(model: nn.Module, channels: int, video: bool) -> list[tuple[int, ...]]:
     if video:
         frames = getattr(model, "temporal_size", None)
         spatial = getattr(model, "spatial_size", None)
         known = [(channels, int(frames), *map(int, spatial))] if frames and spatial else []
-        return [*known, *((channels, 16, side, side) for side in (112, 224, 256))]
+        sides_3d = (224, 112, 256) if _has_layer_norm(model) else (112, 224, 256)
+        return [*known, *((channels, 16, side, side) for side in sides_3d)]
     sides = [*_declared_sides(model), (224, 224), (256, 256), (299, 299), (384, 384), (512, 512)]
     sides += [(96, 96), (64, 64), (32, 32)]
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
@@ -509,6 +556,11 @@ def candidate_sizes(model: nn.Module, input_size: Sequence[int] | None) -> list[
     channel_options = dict.fromkeys((channels, declared, 3))
     unique = dict.fromkeys((c, *side) for side in dict.fromkeys(sides) for c in channel_options)
     return list(unique)
+
+
+def _has_layer_norm(model: nn.Module) -> bool:
+    """Whether a video network is a transformer: those are made for 224 pixels, 3-D ResNets for 112."""
+    return any(isinstance(module, nn.LayerNorm) for module in model.modules())
 
 
 def _declared_sides(model: nn.Module) -> Iterator[tuple[int, int]]:

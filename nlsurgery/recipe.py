@@ -210,10 +210,13 @@ def check_block(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
         )
     model = options_model(kind)
     try:
-        model.model_validate(options)
+        # Strict, but as JSON: there a list is how a tuple is written, as it is in YAML.
+        checked = model.model_validate_json(json.dumps(options))
     except ValidationError as error:
         raise RecipeError(f"{where}: {_explain(error, model)}") from error
-    return {"type": kind, **options}
+    except TypeError as error:
+        raise RecipeError(f"{where}: options must be plain values ({error})") from error
+    return {"type": kind, **{name: getattr(checked, name) for name in options}}
 
 
 @cache

@@ -99,7 +99,8 @@ def report(model: nn.Module) -> SurgeryReport:
         base = paths[id(inserted)]
         prefixes.append(base + ".")
         blocks = inserted._modules.items()
-        for (name, block), record in zip(blocks, inserted.records, strict=True):
+        rows = zip(blocks, inserted.records, inserted.places, strict=True)
+        for (name, block), record, (layout, _) in rows:
             insertions.append(
                 Insertion(
                     f"{base}.{name}",
@@ -109,7 +110,7 @@ def report(model: nn.Module) -> SurgeryReport:
                     record.type,
                     record.num_chs,
                     record.feature_size,
-                    inserted.layout.kind,
+                    layout.kind,
                     sum(p.numel() for p in block.parameters()) if block is not None else 0,
                 )
             )

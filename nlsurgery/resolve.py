@@ -16,8 +16,8 @@ from nlsurgery.schema import Depth, Every, InsertEntry
 from nlsurgery.shapes import Feature
 from nlsurgery.sites import Site, find_hook
 from nlsurgery.stages import Anatomy, Stage, stage_at
-from nlsurgery.tree import CallTree, iterates_children
-from nlsurgery.walk import OutputPath
+from nlsurgery.tree import CallTree, is_dead, iterates_children
+from nlsurgery.walk import CHILD_NAME, OutputPath
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,29 +163,32 @@ def _point(
     if entry.at != "output":
         at = _inner_path(tree, block, entry, where)
         guard, call = block, tree.by_fqn[f"{block}.{at}"]
-    feature, path = _feature_at(tree, call, entry, where)
+    branch = stage.branch if entry.branch is None else entry.branch
+    feature, path = _feature_at(tree, call, branch, where)
     host, owner = (call.fqn, None) if guard is not None else _host(tree, call)
     _check_calls(tree, host, where)
     if not entry.allow_dead:
-        _check_live(tree, call, path, feature, where)
+        _check_live(tree, call, path, where)
     site = Site(host, owner, guard, feature.layout, path)
     return InsertionPoint(where, entry, stage.name, block, at, site, feature)
 
 
 def _feature_at(
-    tree: CallTree, call: Call, entry: InsertEntry, where: str
+    tree: CallTree, call: Call, branch: int | None, where: str
 ) -> tuple[Feature, OutputPath]:
     output = tree.main_output(call)
-    if entry.branch is not None:
-        if entry.branch >= len(call.outputs):
+    branches = tree.branches(call)
+    if branch is not None:
+        if branch >= len(branches):
             raise SelectorError(
-                f"{where}.branch {entry.branch}: {call.fqn} returns {len(call.outputs)} tensors"
+                f"{where}.branch {branch}: {call.fqn} returns {len(branches)} feature map"
+                f"{'' if len(branches) == 1 else 's'}"
             )
-        output = call.outputs[entry.branch]
-    if output is None and call.outputs:
+        output = branches[branch]
+    if output is None and len(branches) > 1:
         raise SelectorError(
-            f"{where}: {call.fqn} returns {len(call.outputs)} feature maps; say which with 'branch: 0' "
-            f"to 'branch: {len(call.outputs) - 1}'"
+            f"{where}: {call.fqn} returns {len(branches)} feature maps; say which with 'branch: 0' "
+            f"to 'branch: {len(branches) - 1}'"
         )
     feature = None if output is None else tree.read(call, output)
     if output is None or feature is None:
@@ -295,8 +298,8 @@ def _check_calls(tree: CallTree, host: str, where: str) -> None:
     )
 
 
-def _check_live(tree: CallTree, call: Call, path: OutputPath, feature: Feature, where: str) -> None:
-    if not is_dead(tree, call, path, feature):
+def _check_live(tree: CallTree, call: Call, path: OutputPath, where: str) -> None:
+    if not is_dead(tree, call, path):
         return
     alternative = _nearest_live(tree, call)
     raise SelectorError(
@@ -306,25 +309,11 @@ def _check_live(tree: CallTree, call: Call, path: OutputPath, feature: Feature, 
     )
 
 
-def is_dead(tree: CallTree, call: Call, path: OutputPath, feature: Feature) -> bool:
-    """Whether nothing of a feature map reaches an output of the model."""
-    node = next(out.node for out in call.outputs if out.path == path)
-    if not tree.flow.is_live(node):
-        return True
-    prefix = feature.layout.num_prefix_tokens
-    return bool(prefix) and tree.flow.only_prefix_read(node, prefix)
-
-
 def _nearest_live(tree: CallTree, call: Call) -> str | None:
     for other in reversed(tree.trace.calls[: call.index]):
         if not tree.is_block(other):
             continue
-        feature, output = tree.feature(other), tree.main_output(other)
-        if (
-            feature is not None
-            and output is not None
-            and not is_dead(tree, other, output.path, feature)
-        ):
+        if not is_dead(tree, other):
             return other.fqn
     return None
 
@@ -339,12 +328,25 @@ def _check_occupied(tree: CallTree, points: Sequence[InsertionPoint]) -> None:
                 f"already ({point.block}, at {point.at}); 'stack: true' puts one block on another"
             )
         taken[key] = point
-        host = tree.modules[point.site.host]
-        if find_hook(host) is not None and not point.entry.stack:
+        if _has_block_at(tree.modules[point.site.host], point) and not point.entry.stack:
             raise SelectorError(
                 f"{point.where}: {point.site.host} holds an inserted block already; 'stack: true' puts "
                 f"another on it, nlsurgery.remove(model) takes them out"
             )
+
+
+def _has_block_at(host: nn.Module, point: InsertionPoint) -> bool:
+    """Whether an earlier operation put a block on this feature map of the host."""
+    if find_hook(host) is None:
+        return False
+    holder = host if point.site.owner is None else host.get_submodule(point.site.owner)
+    places = getattr(holder._modules.get(CHILD_NAME), "places", None)
+    return places is None or any(path == point.site.path for _, path in places)
+
+
+#: Where torch keeps its integer modules, and what stands there that computes in floats all the same.
+_QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
+_FLOAT_ADAPTERS = ("FloatFunctional", "FXFloatFunctional")
 
 
 def check_float(model: nn.Module) -> None:
@@ -354,9 +356,9 @@ def check_float(model: nn.Module) -> None:
         ModelError: The model computes in integers.
     """
     for name, module in model.named_modules():
-        if type(module).__module__.startswith(
-            ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")
-        ):
+        kind = type(module)
+        is_int = kind.__module__.startswith(_QUANTISED) and kind.__name__ not in _FLOAT_ADAPTERS
+        if is_int:
             raise ModelError(
                 f"{type(model).__name__} is quantised ({name} is {type(module).__name__}): operate on "
                 f"the float model, then quantise it"

@@ -71,3 +71,23 @@ class RecipeFile(Strict):
     source: str | None = None
     published: str | None = None
     inserts: Annotated[list[InsertEntry], Field(min_length=1)]
+
+
+class RegistryFile(Strict):
+    """An entry of the registry, version 1: what cannot be read off an architecture's data flow.
+
+    Attributes:
+        version: Always 1.
+        model: The class by its full path, such as ``torchvision.models.inception.Inception3``.
+        reason: Why the data flow does not tell.
+        backbone: The sub-module to look at in place of the whole model.
+        input_size: The input it is made for where the model does not say: (C, H, W) or (C, T, H, W).
+        token_order: ``sequence``: its tokens do not stand row by row, so they have no (H, W) grid.
+    """
+
+    version: Literal[1]
+    model: Annotated[str, Field(pattern=r"^[A-Za-z_][\w.]*\.[A-Za-z_]\w*$")]
+    reason: Annotated[str, Field(min_length=20)]
+    backbone: str | None = None
+    input_size: Annotated[list[PositiveInt], Field(min_length=3, max_length=4)] | None = None
+    token_order: Literal["sequence"] | None = None

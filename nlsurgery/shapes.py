@@ -43,10 +43,12 @@ class Hints:
     Attributes:
         num_chs: Channel counts the model declares.
         num_prefix_tokens: The model's own count of prefix tokens, or None.
+        sequence: Whether its tokens are known not to stand row by row.
     """
 
     num_chs: frozenset[int] = frozenset()
     num_prefix_tokens: int | None = None
+    sequence: bool = False
 
 
 def read_feature(
@@ -70,6 +72,22 @@ def read_feature(
     Returns:
         None when it is no feature map with spatial axes, or its axes cannot be told apart.
     """
+    feature = _read(first, inputs, second, inputs2, sizes, hints)
+    if feature is not None and hints.sequence and feature.layout.kind == "NLC":
+        layout = Layout("NLC", num_prefix_tokens=feature.layout.num_prefix_tokens)
+        length = (math.prod(feature.feature_size),)
+        return Feature(layout, feature.num_chs, length, feature.reduction)
+    return feature
+
+
+def _read(
+    first: Shape,
+    inputs: Shape,
+    second: Shape | None,
+    inputs2: Shape | None,
+    sizes: Shape | None,
+    hints: Hints,
+) -> Feature | None:
     if len(first) not in (3, 4, 5) or len(inputs) < 4 or first[0] != inputs[0] or min(first) < 1:
         return None
     if second is not None and inputs2 is not None and len(second) == len(first):
@@ -88,7 +106,7 @@ def _from_two(
         "11hw": "NCTHW",
         "1hw1": "NTHWC",
     }
-    if grows in kinds:
+    if grows in kinds and len(kinds[grows]) <= len(inputs):
         kind = kinds[grows]
         size, channels = _split(first, kind)
         later, _ = _split(second, kind)
@@ -98,8 +116,6 @@ def _from_two(
         axis = 1 if grows == "n1" else 2
         grid = _token_grids(first[axis], inputs, second[axis], inputs2, sizes)
         return None if grid is None else _tokens(first, axis, *grid)
-    if len(set(first[1:])) == 1 or "?" in grows:
-        return None
     return None
 
 
@@ -130,7 +146,9 @@ def _reduction(size: int, inputs: int, later: int | None = None, inputs2: int | 
         if all(out in (whole // stride, -(-whole // stride)) for out, whole in pairs):
             return stride
     if later is not None and inputs2 is not None and later > size:
-        return max(1, round((inputs2 - inputs) / (later - size)))
+        slope = (inputs2 - inputs) / (later - size)
+        near: int = 2 ** max(0, round(math.log2(slope)))
+        return near if abs(slope / near - 1) < 0.06 else max(1, round(slope))
     ratio = inputs / size
     return power if abs(ratio / power - 1) < 0.1 else max(1, round(ratio))
 
@@ -192,7 +210,7 @@ def _from_one(first: Shape, inputs: Shape, sizes: Shape | None, hints: Hints) ->
     for kind in kinds:
         size, channels = _split(first, kind)
         aspect = size[-2] * inputs[-1] / (size[-1] * inputs[-2])
-        if max(size[-2:]) <= max(inputs[-2:]) and abs(aspect - 1) <= 1.01 / min(size[-2:]):
+        if max(size[-2:]) <= max(inputs[-2:]) and _same_stride(size, inputs):
             fits.append((kind, size, channels, abs(aspect - 1)))
     hinted = [fit for fit in fits if fit[2] in hints.num_chs]
     exact = [fit for fit in fits if fit[3] == 0]
@@ -201,6 +219,16 @@ def _from_one(first: Shape, inputs: Shape, sizes: Shape | None, hints: Hints) ->
         return None
     kind, size, channels, _ = chosen[0]
     return Feature(Layout(kind), channels, size, _reduction(size[-2], inputs[-2]))
+
+
+def _same_stride(size: Shape, inputs: Shape) -> bool:
+    """Whether one stride explains height and width, each rounded up or down."""
+    low = max(inputs[-2] / (size[-2] + 1), inputs[-1] / (size[-1] + 1))
+    high = min(
+        inputs[-2] / max(size[-2] - 1, 0.5),
+        inputs[-1] / max(size[-1] - 1, 0.5),
+    )
+    return low < high
 
 
 def _tokens_from_one(
@@ -216,6 +244,8 @@ def _tokens_from_one(
             reduction = _reduction(sizes[-2], inputs[-2])
             return _tokens(first, axis, length - math.prod(sizes), sizes, reduction)
         for prefix in dict.fromkeys((*known, 0, 1, 2, 5)):
+            if length - prefix < 2:
+                continue
             for grid in _grids(length - prefix, inputs):
                 reduction = _reduction(grid[-2], inputs[-2])
                 return _tokens(first, axis, prefix, grid, reduction)

@@ -30,26 +30,28 @@ INNER_NAME = "_nlsurgery_inner"
 class Inserted(nn.Module):
     """The blocks at one host: its children ``0``, ``1``, ... run one after the other.
 
-    Args:
-        layout: Layout of the host's output.
-        path: Keys and indices that lead to the feature map in the host's output.
+    Attributes:
+        places: For each block the layout of its feature map, and the keys and indices that lead to it
+            in the host's output. Blocks on parallel branches of one host have different paths.
+        records: What is known of each block.
     """
 
-    def __init__(self, layout: Layout, path: OutputPath = ()) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.layout = layout
-        self.path = path
         self.active = True
+        self.places: tuple[tuple[Layout, OutputPath], ...] = ()
         self.records: tuple[Record, ...] = ()
 
-    def add(self, block: nn.Module, record: Record) -> None:
+    def add(self, block: nn.Module, record: Record, layout: Layout, path: OutputPath = ()) -> None:
         """Stack one more block on top."""
         self.add_module(str(len(self._modules)), block)
+        self.places += ((layout, path),)
         self.records += (record,)
 
     def drop_last(self) -> None:
         """Take the topmost block off again."""
         del self._modules[str(len(self._modules) - 1)]
+        self.places = self.places[:-1]
         self.records = self.records[:-1]
 
     def forward(self, output: Any) -> Any:
@@ -63,15 +65,25 @@ class Inserted(nn.Module):
         """
         if not self.active:
             return output
-        if not self.path:
-            return self._run(output)
-        return _replaced(output, self.path, self._run(_picked(output, self.path)))
+        blocks = list(self._modules.values())
+        start = 0
+        while start < len(blocks):
+            place = self.places[start]
+            end = start + 1
+            while end < len(blocks) and self.places[end] == place:
+                end += 1
+            layout, path = place
+            feature = _picked(output, path)
+            output = _replaced(output, path, _run(blocks[start:end], feature, layout))
+            start = end
+        return output
 
-    def _run(self, feature: Tensor) -> Tensor:
-        x, prefix = to_channels_first(feature, self.layout)
-        for block in self._modules.values():
-            x = block(x)  # type: ignore[misc]
-        return from_channels_first(x, prefix, self.layout, feature)
+
+def _run(blocks: Sequence[nn.Module | None], feature: Tensor, layout: Layout) -> Tensor:
+    x, prefix = to_channels_first(feature, layout)
+    for block in blocks:
+        x = block(x)  # type: ignore[misc]
+    return from_channels_first(x, prefix, layout, feature)
 
 
 def _picked(output: Any, path: OutputPath) -> Any:
@@ -154,7 +166,7 @@ def splice(model: nn.Module, work: Sequence[tuple[Site, nn.Module, Record]]) -> 
             inserted, fresh = _inserted_at(model, site)
             if fresh:
                 done.append((site, inserted, True))
-            inserted.add(block, record)
+            inserted.add(block, record, site.layout, site.path)
             if not fresh:
                 done.append((site, inserted, False))
     except BaseException:
@@ -174,7 +186,7 @@ def _inserted_at(model: nn.Module, site: Site) -> tuple[Inserted, bool]:
         return existing, False
     if hasattr(holder, CHILD_NAME):
         raise ModelError(f"{site.host or 'the model'} has an attribute {CHILD_NAME!r} of its own")
-    inserted = Inserted(site.layout, site.path)
+    inserted = Inserted()
     inserted.training = host.training
     holder.add_module(CHILD_NAME, inserted)
     if site.owner is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -11,7 +12,11 @@ from torch import nn
 
 from nlsurgery.probe import Call
 from nlsurgery.shapes import Feature
-from nlsurgery.tree import CallTree, feature_info, iterates_children
+from nlsurgery.tree import CallTree, feature_info, is_dead, iterates_children
+from nlsurgery.walk import parent_fqn
+
+#: Modules that are named as stages are by default: then a model's own names are the stages' names.
+_STAGE_NAME = re.compile(r"stage\d+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +32,7 @@ class Stage:
         layout: ``NCHW``, ``NHWC``, ``NLC``, ``NCTHW`` or ``NTHWC``.
         feature_size: (H, W) or (T, H, W) at its end, at the probed input size.
         blocks: The fqns of its blocks, in order.
+        branch: Which of its blocks' feature maps it is, where they return several; else None.
     """
 
     name: str
@@ -37,6 +43,7 @@ class Stage:
     layout: str
     feature_size: tuple[int, ...]
     blocks: tuple[str, ...]
+    branch: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,7 @@ class _Group:
     units: list[Call]
     plain: bool = False
     lone: bool = False
+    single: bool = False
 
 
 def find_stages(tree: CallTree) -> Anatomy:
@@ -127,12 +135,14 @@ def _visit(tree: CallTree, index: int | None) -> Iterator[_Group]:
         yield from _visit_call(tree, blocky[0])
         return
     sizes = {_size(tree, unit) for call in blocky for unit in _units(tree, call)}
-    if len(sizes) == 1 and not all(_holds_many(tree, call) for call in blocky):
-        yield _Group(index, [c for c in blocky if tree.feature(c)] or blocky)
+    if len(sizes) == 1 and not all(_is_stage(tree, call) for call in blocky):
+        yield from _rows(tree, index, blocky)
         return
     for call in tree.children.get(index, ()):
         if tree.has_block(call):
-            yield from _visit_call(tree, call)
+            inside = list(_visit_call(tree, call))
+            whole = len(inside) > 1 and _is_one_of_a_row(tree, call, blocky)
+            yield from _as_one(tree, call, inside) if whole else inside
         elif tree.is_trunk(call) and tree.feature(call):
             kids = [kid for kid in tree.children.get(call.index, ()) if tree.feature(kid)]
             container = iterates_children(tree.modules[call.fqn])
@@ -146,6 +156,48 @@ def _visit_call(tree: CallTree, call: Call) -> Iterator[_Group]:
         yield from _visit(tree, call.index)
 
 
+def _rows(tree: CallTree, index: int | None, blocky: list[Call]) -> Iterator[_Group]:
+    """Split neighbours of one size by the list they stand in: one list is one group."""
+    rows: dict[str, list[Call]] = {}
+    for call in blocky:
+        members = tree.blocky_children(call.index) if _is_stage(tree, call) else [call]
+        for member in members:
+            rows.setdefault(parent_fqn(member.fqn), []).append(member)
+    for row in rows.values():
+        if len(row) == 1 and len(rows) > 1:
+            yield from _visit_call(tree, row[0])
+        else:
+            yield _Group(index, [call for call in row if tree.feature(call)] or row)
+
+
+def _is_one_of_a_row(tree: CallTree, call: Call, blocky: list[Call]) -> bool:
+    """Whether a call is one of a row of stages: modules of one class and list, of several sizes."""
+    row = [
+        other
+        for other in blocky
+        if other.kind is call.kind and parent_fqn(other.fqn) == parent_fqn(call.fqn)
+    ]
+    ends = {_size(tree, list(_units(tree, other))[-1]) for other in row}
+    return len(row) > 2 and len(ends) > 1
+
+
+def _as_one(tree: CallTree, call: Call, inside: list[_Group]) -> list[_Group]:
+    """Take a row's member as one stage: its longest list of blocks at its last resolution.
+
+    A member with more than two resolutions inside has stages of its own and stays as it is.
+    """
+    groups = [group for group in inside if not group.plain]
+    sizes = [_size(tree, group.units[-1]) for group in groups]
+    if len(dict.fromkeys(sizes)) > 2:
+        return inside
+    lists: dict[str, list[Call]] = {}
+    for unit in (unit for group in groups for unit in group.units):
+        if _size(tree, unit) == sizes[-1]:
+            lists.setdefault(parent_fqn(unit.fqn), []).append(unit)
+    longest = max(len(units) for units in lists.values())
+    return [_Group(call.index, [u for u in lists.values() if len(u) == longest][-1])]
+
+
 def _units(tree: CallTree, call: Call) -> Iterator[Call]:
     if tree.is_block(call):
         yield call
@@ -154,12 +206,13 @@ def _units(tree: CallTree, call: Call) -> Iterator[Call]:
             yield from _units(tree, kid)
 
 
-def _holds_many(tree: CallTree, call: Call) -> bool:
-    """Whether a call is a row of three or more blocks of one class: a stage, and not a block."""
+def _is_stage(tree: CallTree, call: Call) -> bool:
+    """Whether a call is a plain container of three or more blocks of one class: no block itself."""
     while not tree.is_block(call):
         kids = tree.blocky_children(call.index)
         if len(kids) != 1:
-            return len(kids) > 2 and len({kid.kind for kid in kids}) == 1
+            container = iterates_children(tree.modules[call.fqn])
+            return container and len(kids) > 2 and len({kid.kind for kid in kids}) == 1
         call = kids[0]
     return False
 
@@ -178,7 +231,7 @@ def _merge(tree: CallTree, groups: list[_Group]) -> Iterator[_Group]:
             and group.lone
             and current.lone
             and group.owner == current.owner
-            and _size(tree, group.units[-1]) == _size(tree, current.units[-1])
+            and _same_place(tree, group, current)
         ):
             current.units += group.units
             continue
@@ -187,6 +240,15 @@ def _merge(tree: CallTree, groups: list[_Group]) -> Iterator[_Group]:
         current = group
     if current is not None:
         yield current
+
+
+def _same_place(tree: CallTree, one: _Group, two: _Group) -> bool:
+    """Whether two groups have one resolution, and one dilation where both dilate."""
+    first, second = one.units[-1], two.units[-1]
+    if _size(tree, first) != _size(tree, second):
+        return False
+    dilations = {_dilation(tree.modules[unit.fqn]) for unit in (first, second)}
+    return len(dilations) == 1
 
 
 def _prune(tree: CallTree, groups: list[_Group]) -> list[_Group]:
@@ -200,12 +262,105 @@ def _prune(tree: CallTree, groups: list[_Group]) -> list[_Group]:
     last = max((i for i, g in enumerate(groups) if not g.plain), default=-1)
     for index, group in enumerate(groups):
         sibling = (_path_parent(tree, group), _container_kind(tree, group)) in owners
-        if group.plain and not sibling:
+        if group.plain and not (sibling and _is_composite(tree, group)):
             continue
         if index < last and _leads_into(tree, group, groups[index + 1]):
             continue
         kept.append(group)
-    return kept
+    return _without_heads(tree, _without_strays(tree, _joined(tree, kept)))
+
+
+def _is_composite(tree: CallTree, group: _Group) -> bool:
+    """Whether a group's units are modules made of modules: bare convolutions are a stem."""
+    return any(tree.children.get(unit.index) for unit in group.units)
+
+
+def _family(tree: CallTree, group: _Group) -> tuple[str, type[nn.Module] | None]:
+    return _path_parent(tree, group), _container_kind(tree, group)
+
+
+def _joined(tree: CallTree, groups: list[_Group]) -> list[_Group]:
+    """Join neighbours of one family and size that hold one block each: a row of wrapped blocks."""
+    joined: list[_Group] = []
+    for group in groups:
+        before = joined[-1] if joined else None
+        if (
+            before is not None
+            and not (group.plain or before.plain)
+            and group.owner != before.owner
+            and len(group.units) == 1
+            and _family(tree, group) == _family(tree, before)
+            and _size(tree, group.units[0]) == _size(tree, before.units[-1])
+            and before.single
+        ):
+            before.units = [*before.units[:-1], _wrapper(tree, before.units[-1])]
+            before.units.append(_wrapper(tree, group.units[0]))
+            continue
+        group.single = len(group.units) == 1
+        joined.append(group)
+    return joined
+
+
+def _wrapper(tree: CallTree, unit: Call) -> Call:
+    """The outermost container around one block alone that returns the block's output."""
+    for call in tree.ancestors(unit):
+        if tree.node_of(call) != tree.node_of(unit) or len(tree.blocky_children(call.index)) != 1:
+            break
+        unit = call
+    return unit
+
+
+def _without_strays(tree: CallTree, groups: list[_Group]) -> list[_Group]:
+    """Leave out single blocks before and after a row of sibling stages: stems and heads."""
+    sizes: dict[tuple[str, type[nn.Module] | None], list[int]] = {}
+    for group in groups:
+        if not group.lone and not group.plain:
+            sizes.setdefault(_family(tree, group), []).append(len(group.units))
+    if not sizes:
+        return groups
+    main = max(sizes, key=lambda key: sum(sizes[key]))
+    if len(sizes[main]) < 2:
+        return groups
+    return [
+        group
+        for group in groups
+        if len(group.units) > 1
+        or _family(tree, group) == main
+        or _path_parent(tree, group) == main[0]
+    ]
+
+
+def _without_heads(tree: CallTree, groups: list[_Group]) -> list[_Group]:
+    """Leave out what follows the backbone: groups at an earlier place, and dead ends of class tokens."""
+    groups = list(groups)
+    while len(groups) > 1:
+        last, before = groups[-1], groups[-2]
+        ends = [(group, tree.feature(group.units[-1])) for group in (before, last)]
+        places = [_place_in_network(tree, g, feature) for g, feature in ends if feature]
+        falls = len(places) == 2 and places[1] < places[0]
+        falls |= _adds_tokens(tree, groups)
+        family = _family(tree, last) == _family(tree, before) and not last.lone
+        if not falls and (family or not _is_dead_end(tree, last, groups)):
+            break
+        groups.pop()
+    return groups
+
+
+def _adds_tokens(tree: CallTree, groups: list[_Group]) -> bool:
+    """Whether a short last group joins a class token to the feature map: attention that pools it."""
+    one, two = (tree.feature(group.units[-1]) for group in groups[-2:])
+    if one is None or two is None:
+        return False
+    if len(groups[-1].units) >= max(len(group.units) for group in groups[:-1]):
+        return False
+    return two.layout.num_prefix_tokens > one.layout.num_prefix_tokens
+
+
+def _is_dead_end(tree: CallTree, last: _Group, groups: list[_Group]) -> bool:
+    """Whether the last group is a small one after which no feature map is read."""
+    if len(last.units) >= max(len(group.units) for group in groups):
+        return False
+    return is_dead(tree, last.units[-1])
 
 
 def _leads_into(tree: CallTree, group: _Group, following: _Group) -> bool:
@@ -263,30 +418,67 @@ def _split_at_convolutions(tree: CallTree, units: list[Call]) -> list[Call]:
 
 
 def _name(tree: CallTree, groups: Sequence[_Group]) -> tuple[Stage, ...]:
-    features = [tree.feature(group.units[-1]) for group in groups]
-    pairs = [(g, f) for g, f in zip(groups, features, strict=True) if f is not None]
-    places = [_place_in_network(tree, group, feature) for group, feature in pairs]
+    """Turn groups into stages with every name they go by; each parallel branch is a stage."""
+    drafts: list[_Draft] = []
+    for index, group in enumerate(groups):
+        rest = [unit.fqn for other in groups if other is not group for unit in other.units]
+        before = groups[index - 1].units[-1].index if index else -1
+        fqn, others = _stage_paths(tree, group, before, rest)
+        count = len(tree.branches(group.units[-1]))
+        for branch in range(count):
+            units = [u for u in group.units if len(tree.branches(u)) == count]
+            feature = tree.feature(units[-1], branch)
+            if feature is not None:
+                place = _place_in_network(tree, group, feature)
+                chosen = branch if count > 1 else None
+                drafts.append(_Draft(index, fqn, others, units, feature, place, chosen))
+    return tuple(_named(tree, drafts))
+
+
+@dataclass(slots=True)
+class _Draft:
+    """A stage before it has its names."""
+
+    group: int
+    fqn: str
+    others: tuple[str, ...]
+    units: list[Call]
+    feature: Feature
+    place: int
+    branch: int | None
+
+
+def _named(tree: CallTree, drafts: Sequence[_Draft]) -> Iterator[Stage]:
+    places = [draft.place for draft in drafts]
     if len(places) == 4 and places == list(range(places[0], places[0] + 4)):
         places = [2, 3, 4, 5]  # the classic four, also behind a stem of another stride
     declared = {str(entry["module"]) for entry in feature_info(tree.model) if entry.get("module")}
-    stages = []
-    for index, (group, feature) in enumerate(pairs):
-        rest = [unit.fqn for other, _ in pairs if other is not group for unit in other.units]
-        before = pairs[index - 1][0].units[-1].index if index else -1
-        fqn, others = _stage_paths(tree, group, before, rest)
+    own_names = any(_STAGE_NAME.fullmatch(draft.fqn) for draft in drafts)
+    groups = list(dict.fromkeys(draft.group for draft in drafts))
+    for index, draft in enumerate(drafts):
+        suffix = "" if draft.branch is None else f":{draft.branch}"
+        number = groups.index(draft.group) + 1
+        name = (draft.fqn if own_names else f"stage{number}") + suffix
         aliases = []
         if places[index] not in places[index + 1 :]:
             aliases += [f"res{places[index]}", f"c{places[index]}"]
-        aliases += [str(index - len(pairs)), fqn, *others]
-        aliases += [name for name in declared if name.replace(".", "_") == fqn.replace(".", "_")]
-        aliases += [alias.replace(".", "_") for alias in (fqn, *others)]
+        aliases.append(str(index - len(drafts)))
+        flat = draft.fqn.replace(".", "_")
+        paths = [draft.fqn, *draft.others]
+        paths += [module for module in declared if module.replace(".", "_") == flat]
+        paths += [path.replace(".", "_") for path in (draft.fqn, *draft.others)]
+        aliases += [path + suffix for path in paths]
         unique = tuple(dict.fromkeys(alias for alias in aliases if alias))
-        stages.append(_stage(f"stage{index + 1}", unique, fqn, feature, group.units))
-    return tuple(stages)
+        yield _stage(name, unique, draft.fqn, draft.feature, draft.units, draft.branch)
 
 
 def _stage(
-    name: str, aliases: tuple[str, ...], fqn: str, feature: Feature, units: Sequence[Call]
+    name: str,
+    aliases: tuple[str, ...],
+    fqn: str,
+    feature: Feature,
+    units: Sequence[Call],
+    branch: int | None = None,
 ) -> Stage:
     return Stage(
         name,
@@ -297,6 +489,7 @@ def _stage(
         feature.layout.kind,
         feature.feature_size,
         tuple(unit.fqn for unit in units),
+        branch,
     )
 
 
@@ -309,13 +502,12 @@ def _stage_paths(
     blocks lie in an uncalled list, the path of the list; else the path of its last block.
     """
     last = group.units[-1]
-    node = tree.node_of(last)
+    nodes = [out.node for out in last.outputs]
     around = [
         call.fqn
         for call in tree.ancestors(last)
         if before < call.index < group.units[0].index
-        and len(call.outputs) == 1
-        and call.outputs[0].node == node
+        and [out.node for out in call.outputs] == nodes
         and tree.is_single(call)
     ]
     if around:

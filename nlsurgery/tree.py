@@ -11,9 +11,11 @@ from functools import cached_property
 
 from torch import nn
 
+from nlsurgery.catalog import registered
 from nlsurgery.flow import Flow
 from nlsurgery.probe import Call, Probe, TensorOutput
 from nlsurgery.shapes import Feature, Hints, read_feature
+from nlsurgery.walk import OutputPath
 
 _ITERATION = (".children()", ".named_children()", "._modules", "self.values()", "self.items()")
 
@@ -46,7 +48,8 @@ class CallTree:
         self.children: dict[int | None, list[Call]] = {}
         for call in self.trace.calls:
             self.children.setdefault(call.parent, []).append(call)
-        self._features: dict[int, Feature | None] = {}
+        self._features: dict[tuple[int, int], Feature | None] = {}
+        self._branches: dict[int, tuple[TensorOutput, ...]] = {}
         self._hints = _hints(model)
 
     @cached_property
@@ -73,15 +76,33 @@ class CallTree:
         """Whether the module runs once a forward."""
         return self.counts[call.fqn] == 1
 
+    def branches(self, call: Call) -> tuple[TensorOutput, ...]:
+        """The tensors of a call's output that carry features: one, or one for each parallel branch.
+
+        Of several feature maps, those that every path to the output passes through stand for all;
+        a tensor that nothing reads (a side output) is none.
+        """
+        if call.index not in self._branches:
+            self._branches[call.index] = self._find_branches(call)
+        return self._branches[call.index]
+
+    def _find_branches(self, call: Call) -> tuple[TensorOutput, ...]:
+        shaped = [out for out in call.outputs if self.read(call, out) is not None]
+        if len(shaped) < 2:
+            return tuple(shaped)
+        cuts = [out for out in shaped if self.flow.is_cut(out.node)]
+        if cuts:
+            return tuple(cuts[:1])
+        live = [out for out in shaped if self.flow.is_live(out.node)]
+        unique = {out.node: out for out in live or shaped}
+        return tuple(unique.values())
+
     def main_output(self, call: Call) -> TensorOutput | None:
         """The one tensor of a call's output that carries the features, None when there is no one."""
         if len(call.outputs) == 1:
             return call.outputs[0]
-        cuts = [out for out in call.outputs if self.flow.is_cut(out.node)]
-        if cuts:
-            return cuts[0]
-        shaped = [out for out in call.outputs if self.read(call, out) is not None]
-        return shaped[0] if len(shaped) == 1 else None
+        branches = self.branches(call)
+        return branches[0] if len(branches) == 1 else None
 
     def is_trunk(self, call: Call) -> bool:
         """Whether all that reaches the output passes through this call's output."""
@@ -99,12 +120,13 @@ class CallTree:
             if 1 < len(call.outputs) <= 16
         }
 
-    def feature(self, call: Call) -> Feature | None:
-        """Layout and size of the call's main output, None when it is no feature map."""
-        if call.index not in self._features:
-            output = self.main_output(call)
-            self._features[call.index] = None if output is None else self.read(call, output)
-        return self._features[call.index]
+    def feature(self, call: Call, branch: int = 0) -> Feature | None:
+        """Layout and size of the call's output (of one of its branches), None when it is no feature map."""
+        key = (call.index, branch)
+        if key not in self._features:
+            found = self.branches(call)
+            self._features[key] = self.read(call, found[branch]) if branch < len(found) else None
+        return self._features[key]
 
     def read(self, call: Call, output: TensorOutput) -> Feature | None:
         """Layout and size of one tensor of a call's output."""
@@ -130,12 +152,51 @@ class CallTree:
             if current is None:
                 continue
             done.add(current)
-            while current is not None and not trunk[current]:
+            while current is not None and not (trunk[current] and self._is_map(current)):
                 current = self.trace.calls[current].parent
-            if current is not None:
+            if current is not None and self._has_weights(self.trace.calls[current]):
                 kinds.add(self.trace.calls[current].kind)
         containers = {nn.Sequential, nn.ModuleList, nn.ModuleDict}
         return frozenset(kinds - containers)
+
+    def _is_map(self, index: int) -> bool:
+        return self.feature(self.trace.calls[index]) is not None
+
+    def _has_weights(self, call: Call) -> bool:
+        """Whether a module computes with more than per-channel numbers, which a bare norm does not."""
+        return any(p.dim() > 1 for p in self.modules[call.fqn].parameters())
+
+    @cached_property
+    def _blocks(self) -> list[bool]:
+        """Which calls are blocks: the innermost on the trunk, and off it the outermost of their class.
+
+        A side input that runs along a row of residual modules (GCViT's global query) or a later skip
+        from a stage (multi-scale heads) takes modules off the trunk whose sisters are on it.
+        """
+        candidates = [self._may_be_block(call) for call in self.trace.calls]
+        on_trunk = [
+            ok and self.is_trunk(call)
+            for ok, call in zip(candidates, self.trace.calls, strict=True)
+        ]
+        holds = [False] * len(candidates)
+        for call in reversed(self.trace.calls):
+            if call.parent is not None:
+                holds[call.parent] |= on_trunk[call.index] or holds[call.index]
+        found: list[bool] = []
+        covered: list[bool] = []
+        for call in self.trace.calls:
+            above = call.parent is not None and covered[call.parent]
+            block = candidates[call.index] and not holds[call.index]
+            if block and not on_trunk[call.index]:
+                block = not above and any(self.flow.is_live(o.node) for o in self.branches(call))
+            found.append(block)
+            covered.append(above or block)
+        return found
+
+    def _may_be_block(self, call: Call) -> bool:
+        if call.kind not in self.block_kinds or not self.is_single(call):
+            return False
+        return self.feature(call) is not None and self._has_weights(call)
 
     @cached_property
     def _has_block(self) -> list[bool]:
@@ -148,10 +209,8 @@ class CallTree:
         return found
 
     def is_block(self, call: Call) -> bool:
-        """Whether the call is a block: on the trunk, of a block class, and a feature map."""
-        if call.kind not in self.block_kinds or not self.is_trunk(call):
-            return False
-        return self.feature(call) is not None
+        """Whether the call is a block: a feature map, of a block class, on the trunk or in a branch."""
+        return self._blocks[call.index]
 
     def has_block(self, call: Call) -> bool:
         """Whether the call is a block or holds one."""
@@ -175,6 +234,25 @@ class CallTree:
         return None if output is None else output.node
 
 
+def is_dead(tree: CallTree, call: Call, path: OutputPath | None = None) -> bool:
+    """Whether nothing of a call's feature map reaches an output of the model.
+
+    Args:
+        tree: The call tree.
+        call: The call.
+        path: Which tensor of its output; its (first) feature map when None.
+    """
+    outputs = tree.branches(call) if path is None else call.outputs
+    output = next((o for o in outputs if path is None or o.path == path), None)
+    if output is None:
+        return True
+    if not tree.flow.is_live(output.node):
+        return True
+    feature = tree.read(call, output)
+    prefix = feature.layout.num_prefix_tokens if feature else 0
+    return bool(prefix) and tree.flow.only_prefix_read(output.node, prefix)
+
+
 def _hints(model: nn.Module) -> Hints:
     channels: set[int] = set()
     for name in ("num_features", "embed_dim", "embed_dims", "hidden_dim", "dims"):
@@ -187,7 +265,9 @@ def _hints(model: nn.Module) -> Hints:
         if isinstance(declared := entry.get("num_chs"), int):
             channels.add(declared)
     prefix = getattr(model, "num_prefix_tokens", None)
-    return Hints(frozenset(channels), prefix if isinstance(prefix, int) else None)
+    known = registered(model)
+    sequence = known is not None and known.token_order == "sequence"
+    return Hints(frozenset(channels), prefix if isinstance(prefix, int) else None, sequence)
 
 
 def feature_info(model: nn.Module) -> list[dict[str, object]]:

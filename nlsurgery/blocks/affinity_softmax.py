@@ -18,7 +18,8 @@ from nlsurgery.blocks.affinity import accumulator, apply_map, softmax_map, witho
 
 #: Bytes of logits that one chunk may take: they should stay in the last-level cache.
 CHUNK_BYTES = 16 << 20
-#: Beyond this size, rounding a logit to bfloat16 shows in the result.
+#: Beyond this size (times the root of the row's largest weight), rounding a logit to bfloat16
+#: shows in the result.
 ROUNDED_LOGIT = 2.0
 
 
@@ -75,17 +76,24 @@ class _Logits:
         """Probabilities of queries ``i`` of batch items ``b``, and their shift if there is one."""
         queries = self.q[b, i].to(self.dtype)
         keys = self.k[b].transpose(1, 2)
-        if shift is None:
-            logits = torch.bmm(queries, keys)
-            if self.shifted and keys.shape[2]:
-                top = logits.amax(-1, keepdim=True)
-                if top.abs().amax().item() * self.scale > ROUNDED_LOGIT:
-                    shift = top
         if shift is not None:
-            logits = torch.baddbmm(-shift, queries, keys)
+            return self._softmax(torch.baddbmm(-shift, queries, keys)), shift
+        logits = torch.bmm(queries, keys)
+        if not self.shifted or not logits.numel():
+            return self._softmax(logits), None
+        top = logits.amax(-1, keepdim=True)
+        p = self._softmax(logits)
+        # A logit's rounding grows with its size; over many keys of like weight it averages out.
+        if (
+            top.abs() * self.scale * p.amax(-1, keepdim=True).sqrt()
+        ).amax().item() <= ROUNDED_LOGIT:
+            return p, None
+        return self._softmax(torch.baddbmm(-top, queries, keys)), top
+
+    def _softmax(self, logits: Tensor) -> Tensor:
         if self.scale != 1.0:
             logits.mul_(self.scale)
-        return torch.softmax(logits, dim=-1, out=logits), shift
+        return torch.softmax(logits, dim=-1, out=logits)
 
 
 class _Chunked(torch.autograd.Function):

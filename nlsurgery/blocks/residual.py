@@ -21,12 +21,17 @@ _CONVS = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 def is_plain(module: nn.Module) -> bool:
     """Whether a convolution may be computed from its parameters, its ``forward`` left out.
 
-    That is so for torch's own classes without hooks; a replaced, quantised, parametrised or
-    hooked projection is always called.
+    That is so for torch's own 1×1 convolutions without groups or hooks; a replaced, quantised,
+    parametrised or hooked projection is always called.
     """
     hooks = module._forward_hooks or module._forward_pre_hooks
     hooks = hooks or module._backward_hooks or module._backward_pre_hooks
-    return type(module) in _CONVS and not hooks and "forward" not in vars(module)
+    if type(module) not in _CONVS or hooks or "forward" in vars(module):
+        return False
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    steps = (*module.kernel_size, *module.stride)
+    padding = module.padding if isinstance(module.padding, tuple) else (0,)
+    return module.groups == 1 and set(steps) == {1} and not any(padding)
 
 
 class _Finite(torch.autograd.Function):

@@ -41,6 +41,7 @@ class SurgeryState:
         loaded: Paths of the blocks that a checkpoint has filled.
         lost: Paths of the blocks that the last checkpoint did not fill.
         plain: The last checkpoint had no key of any block.
+        given: What a checkpoint gave to blocks before ``init_weights`` ran, which it would undo.
     """
 
     init_cfg: list[dict[str, Any]] = field(default_factory=list)
@@ -52,6 +53,7 @@ class SurgeryState:
     loaded: set[str] = field(default_factory=set)
     lost: tuple[str, ...] = ()
     plain: bool = False
+    given: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
 
 class Operated(Mixed, nn.Module):
@@ -155,8 +157,11 @@ def _restore_identity(model: Operated) -> None:
     devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[index for index in devices if index is not None]):
         for path, block in blocks_of(model):
-            if path not in state.loaded:
+            if path in state.given:
+                block.load_state_dict(state.given[path], strict=False)
+            elif path not in state.loaded:
                 block.reset_parameters()  # type: ignore[operator]
+    state.given.clear()
 
 
 def _note_loaded(model: Operated, state_dict: dict[str, Tensor], prefix: str) -> None:
@@ -167,9 +172,14 @@ def _note_loaded(model: Operated, state_dict: dict[str, Tensor], prefix: str) ->
     lost = []
     for path, block in blocks_of(model):
         wanted = {key: v for key, v in block.state_dict().items() if not key.endswith(_OPTIONAL)}
-        found = {key: state_dict.get(f"{prefix}{path}.{key}") for key in wanted}
-        if all(f is not None and f.shape == wanted[key].shape for key, f in found.items()):
+        start = f"{prefix}{path}."
+        found = {key: state_dict[start + key] for key in wanted if start + key in state_dict}
+        if all(key in found and found[key].shape == v.shape for key, v in wanted.items()):
             state.loaded.add(path)
+            if state.initialised:
+                state.given.pop(path, None)
+            else:
+                state.given[path] = found
         else:
             lost.append(path)
     state.lost = tuple(lost)

@@ -9,10 +9,29 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nlsurgery.blocks import NonLocal, SelfAttention
+from nlsurgery.blocks import BLOCK_TYPES, NonLocal, SelfAttention, block_type
+from nlsurgery.errors import BlockError
 
 from .cases import MODES, randomised
 
+RELATIVES = {
+    "se": {},
+    "eca": {},
+    "cbam": {},
+    "global_context": {"reduction": 4},
+    "danet": {},
+    "criss_cross": {},
+    "double_attention": {},
+    "efficient_attention": {"heads": 2},
+    "asymmetric": {},
+    "ema": {"num_bases": 8},
+    "disentangled": {},
+    "compact_generalized": {"groups": 2},
+    "multi_head": {"heads": 2, "sub_sample": True},
+    "hard": {},
+    "generalized": {"heads": 4},
+    "timm": {"name": "se"},
+}
 BLOCKS = {
     **{f"{mode}-bn": (NonLocal, {"mode": mode}) for mode in MODES},
     **{f"{mode}-none": (NonLocal, {"mode": mode, "norm": "none"}) for mode in MODES},
@@ -22,8 +41,17 @@ BLOCKS = {
     "gn": (NonLocal, {"norm": "gn"}),
     "scaled": (NonLocal, {"use_scale": True}),
     "self_attention": (SelfAttention, {}),
+    **{name: (block_type(name).build, options) for name, options in RELATIVES.items()},
+    "danet-channel": (block_type("danet").build, {"part": "channel"}),
+    "global_context-mul": (block_type("global_context").build, {"fusion": "channel_mul"}),
 }
+#: Blocks that exist for images only.
+IMAGES_ONLY = ("criss_cross", "timm")
 SPATIAL = {1: (5,), 2: (5, 4), 3: (2, 5, 4)}
+
+
+def test_every_block_type_is_tested_here():
+    assert set(BLOCK_TYPES) <= {"non_local", "self_attention", *RELATIVES}
 
 
 def build(name: str, *, dims: int = 2) -> nn.Module:
@@ -44,6 +72,10 @@ def assert_identity(block: nn.Module, x: Tensor) -> None:
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("name", BLOCKS)
 def test_identity(name, dims, training):
+    if dims != 2 and name in IMAGES_ONLY:
+        with pytest.raises(BlockError, match="dims must be 2"):
+            build(name, dims=dims)
+        return
     x = torch.randn(2, 16, *SPATIAL[dims])
     assert_identity(build(name, dims=dims).train(training), x)
 

@@ -1,0 +1,347 @@
+"""Non-local blocks against their peers: time of forward and training step, and peak memory.
+
+    python benchmarks/operators.py                       # the shapes of the table, CPU
+    python benchmarks/operators.py --shapes res3@512 --modes dot_product --threads 2
+    python benchmarks/operators.py --device cuda --dtypes float32 float16
+    python benchmarks/operators.py --out benchmarks/results/operators_cpu.md
+
+Every block has the same channels and the same input. Times are medians of interleaved rounds, so
+that a slow minute of the machine meets all alike, and are process CPU time on a CPU (wall time on
+an accelerator): only their ratios mean something. Peak memory is measured in a process of its
+own, above that of the built block and its input. A peer that is not installed, or cannot run, is
+named as such in the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from nlsurgery.blocks import NonLocal
+
+#: Batch, channels and spatial sizes. The first six are ResNet-50's at the named input sizes.
+SHAPES: dict[str, tuple[int, ...]] = {
+    "res4@224": (8, 1024, 14, 14),
+    "res3@224": (8, 512, 28, 28),
+    "res3@512": (1, 512, 64, 64),
+    "res4@800": (1, 1024, 50, 84),
+    "vid3": (1, 512, 8, 28, 28),
+    "res3@800": (1, 512, 100, 167),
+    "vid4x32": (1, 1024, 16, 14, 14),
+}
+MODES = ("embedded_gaussian", "dot_product", "concatenation")
+#: mmcv's concatenation forms (B, C, N, N): beyond this many bytes it is left out ("–").
+PAIR_LIMIT = 1 << 30
+SCALING = (24, 48, 96)
+
+
+class ArticleBlock(nn.Module):
+    """The article's block as a plain rewrite: every pairwise tensor is formed."""
+
+    def __init__(self, channels: int, dims: int, mode: str) -> None:
+        super().__init__()
+        conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
+        norm = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
+        self.inner, self.mode = channels // 2, mode
+        self.theta, self.phi, self.g = (conv(channels, self.inner, 1) for _ in range(3))
+        if mode == "concatenation":
+            self.concat_project = nn.Conv2d(2 * self.inner, 1, 1, bias=False)
+        self.out = nn.Sequential(conv(self.inner, channels, 1), norm(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *spatial) to the same."""
+        batch = x.shape[0]
+        theta, phi, g = (
+            layer(x).view(batch, self.inner, -1) for layer in (self.theta, self.phi, self.g)
+        )
+        f = self.pairwise(theta, phi)
+        y = torch.matmul(f, g.permute(0, 2, 1)).permute(0, 2, 1).contiguous()
+        return self.out(y.view(batch, self.inner, *x.shape[2:])) + x
+
+    def pairwise(self, theta: Tensor, phi: Tensor) -> Tensor:
+        """Compute f / C(x), (B, N, N)."""
+        if self.mode == "embedded_gaussian":
+            return torch.matmul(theta.permute(0, 2, 1), phi).softmax(-1)
+        if self.mode == "dot_product":
+            return torch.matmul(theta.permute(0, 2, 1), phi) / phi.shape[2]
+        # The broadcast of two scalars per pair; the published code concatenates 2C' channels.
+        left, right = self.concat_project.weight.flatten().chunk(2)
+        pair = (left @ theta).unsqueeze(2) + (right @ phi).unsqueeze(1)
+        return torch.relu(pair) / phi.shape[2]
+
+
+def ours(channels: int, dims: int, mode: str) -> nn.Module:
+    return NonLocal(channels, dims=dims, mode=mode, zero_init=False)
+
+
+def compiled(channels: int, dims: int, mode: str) -> nn.Module:
+    return torch.compile(ArticleBlock(channels, dims, mode))  # type: ignore[return-value]
+
+
+def mmcv_block(channels: int, dims: int, mode: str) -> nn.Module:
+    from mmcv.cnn.bricks import NonLocal2d, NonLocal3d
+
+    kind = {2: NonLocal2d, 3: NonLocal3d}[dims]
+    norm = {"type": {2: "BN", 3: "BN3d"}[dims]}
+    return kind(channels, use_scale=False, norm_cfg=norm, mode=mode)
+
+
+def timm_block(channels: int, dims: int, mode: str) -> nn.Module:
+    from timm.layers.non_local_attn import NonLocalAttn
+
+    if dims != 2 or mode != "embedded_gaussian":
+        raise NotImplementedError("2-D softmax only")
+    return NonLocalAttn(channels, rd_ratio=0.5, use_scale=False)
+
+
+BLOCKS: dict[str, Callable[[int, int, str], nn.Module]] = {
+    "nlsurgery": ours,
+    "article": ArticleBlock,
+    "article, compiled": compiled,
+    "mmcv-lite": mmcv_block,
+    "timm": timm_block,
+}
+
+
+def step(block: nn.Module, x: Tensor, train: bool) -> None:
+    """One forward, or one forward and backward with all gradients."""
+    if not train:
+        with torch.no_grad():
+            block(x)
+        return
+    block.zero_grad(set_to_none=True)
+    x.grad = None
+    block(x).sum().backward()
+
+
+def clock(device: str) -> float:
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def prepared(
+    name: str,
+    shape: tuple[int, ...],
+    mode: str,
+    options: argparse.Namespace,
+    dtype: str,
+    train: bool,
+) -> tuple[nn.Module, Tensor]:
+    """Build a block and its input."""
+    positions = math.prod(shape[2:])
+    pair_bytes = 4 * shape[0] * positions**2 * shape[1]
+    if name == "mmcv-lite" and mode == "concatenation" and pair_bytes > PAIR_LIMIT:
+        raise NotImplementedError(f"one of its tensors would take {pair_bytes >> 20} MB")
+    torch.manual_seed(0)
+    block = BLOCKS[name](shape[1], len(shape) - 2, mode)
+    kind = getattr(torch, dtype)
+    block = block.to(options.device, kind).train(train)
+    return block, torch.randn(shape, device=options.device, dtype=kind, requires_grad=train)
+
+
+def peak(
+    name: str,
+    shape: tuple[int, ...],
+    mode: str,
+    options: argparse.Namespace,
+    dtype: str,
+    train: bool,
+) -> float:
+    """Peak memory of one step in MB, above the built block and its input, in this process."""
+    block, x = prepared(name, shape, mode, options, dtype, train)
+    if options.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(block, x, train)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    small = torch.randn((1, shape[1], *[4] * (len(shape) - 2)), dtype=x.dtype, requires_grad=train)
+    step(block, small, train)  # what the libraries allocate once
+    before = resident()
+    step(block, x, train)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024) - before
+
+
+def resident() -> float:
+    """Resident memory of this process now, in MB (Linux)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 2**20
+
+
+def peak_elsewhere(
+    name: str, shape_name: str, mode: str, options: argparse.Namespace, dtype: str, train: bool
+) -> float | None:
+    """:func:`peak` in a process of its own; ``None`` where that fails, out of memory included."""
+    command = [sys.executable, __file__, "--peak", name, "--shapes", shape_name, "--modes", mode]
+    command += ["--dtypes", dtype, "--device", options.device, "--threads", str(options.threads)]
+    done = subprocess.run(
+        [*command, *(["--train"] if train else [])], capture_output=True, text=True, check=False
+    )
+    return float(json.loads(done.stdout)) if done.returncode == 0 else None
+
+
+def times(
+    shape: tuple[int, ...], mode: str, options: argparse.Namespace, dtype: str, train: bool
+) -> dict[str, float | str]:
+    """Median seconds per step of every block, or why it did not run."""
+    result: dict[str, float | str] = {}
+    ready: dict[str, Callable[[], None]] = {}
+    for name in options.blocks:
+        try:
+            block, x = prepared(name, shape, mode, options, dtype, train)
+            ready[name] = partial(step, block, x, train)
+            ready[name]()
+        except ImportError:
+            result[name] = "absent"
+            ready.pop(name, None)
+        except (NotImplementedError, RuntimeError) as error:
+            result[name] = "–" if isinstance(error, NotImplementedError) else "fails"
+            ready.pop(name, None)
+    taken: dict[str, list[float]] = {name: [] for name in ready}
+    for _ in range(options.rounds):
+        for name, run in ready.items():
+            start = clock(options.device)
+            run()
+            taken[name].append(clock(options.device) - start)
+    return result | {name: statistics.median(values) for name, values in taken.items()}
+
+
+def cell(value: float | str | None, base: float) -> str:
+    return f"{value / base:.2f}" if isinstance(value, float) else str(value or "fails")
+
+
+def table(options: argparse.Namespace) -> list[str]:
+    """The rows of the comparison, in Markdown."""
+    blocks = options.blocks
+    head = ["shape", "mode", "dtype", "pass", "form", *[f"{name} ×" for name in blocks[1:]]]
+    if options.memory:
+        head += ["our MB", *[f"{name} MB ×" for name in blocks[1:]]]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for shape_name in options.shapes:
+        for mode in options.modes:
+            for dtype in options.dtypes:
+                for train in options.passes:
+                    line = row(shape_name, mode, dtype, train == "train", options)
+                    lines.append("| " + " | ".join(line) + " |")
+                    print(lines[-1], flush=True)
+    return lines
+
+
+def row(
+    shape_name: str, mode: str, dtype: str, train: bool, options: argparse.Namespace
+) -> list[str]:
+    """One line: the form that auto took, then every peer's cost over ours."""
+    shape = SHAPES[shape_name]
+    taken = times(shape, mode, options, dtype, train)
+    base = taken[options.blocks[0]]
+    assert isinstance(base, float)
+    block = NonLocal(shape[1], dims=len(shape) - 2, mode=mode)
+    form = block.chosen_implementation(shape, dtype=getattr(torch, dtype), device=options.device)
+    line = [shape_name, mode, dtype, "training" if train else "forward", form]
+    line += [cell(taken[name], base) for name in options.blocks[1:]]
+    if options.memory:
+        runs = [name for name in options.blocks if isinstance(taken[name], float)]
+        used = {
+            name: peak_elsewhere(name, shape_name, mode, options, dtype, train) for name in runs
+        }
+        own = used[options.blocks[0]]
+        line.append(f"{own:.0f}" if own else "fails")
+        line += [
+            cell(used.get(name), own or 1.0) if name in used else "–" for name in options.blocks[1:]
+        ]
+    return line
+
+
+def slopes(options: argparse.Namespace) -> list[str]:
+    """Growth of our forward time with N: the slope of log time over log N."""
+    lines = ["| mode | N | slope |", "|---|---|---|"]
+    for mode in options.modes:
+        taken = []
+        for side in SCALING:
+            shape = (1, 256, side, side)
+            block, x = prepared("nlsurgery", shape, mode, options, "float32", False)
+            values = []
+            for _ in range(options.rounds + 1):
+                start = clock(options.device)
+                step(block, x, False)
+                values.append(clock(options.device) - start)
+            taken.append(statistics.median(values[1:]))
+        ratio = (
+            torch.tensor(taken[-1] / taken[0]).log()
+            / torch.tensor((SCALING[-1] / SCALING[0]) ** 2).log()
+        )
+        lines.append(f"| {mode} | {SCALING[0] ** 2} to {SCALING[-1] ** 2} | {ratio.item():.2f} |")
+    return lines
+
+
+def versions() -> str:
+    found = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    for name in ("timm", "mmcv"):
+        try:
+            found.append(f"{name} {__import__(name).__version__}")
+        except ImportError:
+            found.append(f"{name} absent")
+    return ", ".join(found)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES)[:4], choices=SHAPES)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--passes", nargs="+", default=["forward", "train"])
+    parser.add_argument("--blocks", nargs="+", default=list(BLOCKS), choices=BLOCKS)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
+    parser.add_argument("--scaling", action="store_true", help="measure growth with N as well")
+    parser.add_argument("--out", type=Path, help="a Markdown file to write")
+    parser.add_argument("--peak", help=argparse.SUPPRESS)
+    parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print; with ``--out`` write the table."""
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    if options.peak:
+        shape, mode, dtype = SHAPES[options.shapes[0]], options.modes[0], options.dtypes[0]
+        print(json.dumps(peak(options.peak, shape, mode, options, dtype, options.train)))
+        return
+    lines = table(options)
+    if options.scaling:
+        lines += ["", *slopes(options)]
+    if options.out:
+        command = "python benchmarks/operators.py " + " ".join(sys.argv[1:])
+        head = [
+            "# Operators on a CPU" if options.device == "cpu" else "# Operators on a GPU",
+            "",
+            f"`{command}`",
+            "",
+            f"{versions()}; {platform.machine()}, {options.threads} threads. Each number is a "
+            "peer's cost over ours (above 1: ours is faster or leaner); within 0.15 of 1 is a tie.",
+            "",
+        ]
+        options.out.write_text("\n".join([*head, *lines, ""]))
+
+
+if __name__ == "__main__":
+    main()

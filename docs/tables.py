@@ -1,0 +1,74 @@
+"""Write the generated tables into README.md: ``python docs/tables.py`` (``--check`` only compares)."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from nlsurgery.blocks import BLOCK_TYPES
+from nlsurgery.recipe import list_recipes, load_recipe
+from nlsurgery.schema import Depth, Every, InsertEntry
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def blocks_table() -> str:
+    """One row a block type: its name, options with their defaults, and source."""
+    rows = ["| `type` | options (default) | source |", "|---|---|---|"]
+    for name, entry in sorted(BLOCK_TYPES.items()):
+        options = []
+        for option, parameter in entry.options.items():
+            if parameter.kind is parameter.VAR_KEYWORD:
+                options.append("its own")
+            elif parameter.default is parameter.empty:
+                options.append(f"`{option}`")
+            else:
+                options.append(f"`{option}` ({parameter.default})")
+        rows.append(f"| `{name}` | {', '.join(options) or 'none'} | {entry.source} |")
+    return "\n".join(rows)
+
+
+def recipes_table() -> str:
+    """One row a packaged recipe: its name, what it inserts where, and source."""
+    rows = ["| recipe | inserts | source |", "|---|---|---|"]
+    for name in list_recipes():
+        recipe = load_recipe(name)
+        inserts = "; ".join(_describe(entry) for entry in recipe.inserts)
+        rows.append(f"| `{name}` | {inserts} | {recipe.source} |")
+    return "\n".join(rows)
+
+
+def _describe(entry: InsertEntry) -> str:
+    after = entry.after
+    if isinstance(after, Every):
+        where = f"every {after.every}"
+    elif isinstance(after, Depth):
+        where = f"depth {after.depth}"
+    else:
+        where = str(after)
+    at = "" if entry.at == "output" else f" at {entry.at}"
+    return f"{entry.block['type']} in {entry.stage}, after {where}{at}"
+
+
+def render(text: str) -> str:
+    """Replace what stands between the table markers of a README."""
+    for name, table in (("blocks", blocks_table()), ("recipes", recipes_table())):
+        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        head, _, rest = text.partition(start)
+        tail = rest.partition(end)[2]
+        text = head + start + table + end + tail
+    return text
+
+
+def main() -> int:
+    """Write the README, or with ``--check`` say whether it is up to date."""
+    old = README.read_text(encoding="utf-8")
+    new = render(old)
+    if "--check" in sys.argv:
+        return int(old != new)
+    README.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

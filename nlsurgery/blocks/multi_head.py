@@ -1,0 +1,217 @@
+"""Multi-head non-local blocks, and hard attention over the top-k keys."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nlsurgery.blocks.affinity import logit_scale, softmax_map, without_autocast
+from nlsurgery.blocks.base import ProjectedBlock
+from nlsurgery.blocks.geometry import (
+    checked_input,
+    pointwise,
+    pool_keys,
+    reduced,
+    to_map,
+    to_tokens,
+)
+from nlsurgery.blocks.linear_attention import checked_heads
+from nlsurgery.blocks.registration import register
+from nlsurgery.errors import BlockError
+
+for _name in ("checked_input", "pool_keys", "softmax_map", "to_map", "to_tokens"):
+    torch.fx.wrap(_name)
+
+Norm = Literal["bn", "ln", "gn", "none"]
+
+
+@torch.fx.wrap
+def multi_head(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Tensor:
+    """Fused softmax attention per head, over maps.
+
+    Args:
+        q: (B, C', *spatial).
+        k: (B, C', *key sizes).
+        v: (B, C', *key sizes).
+        heads: A divisor of C'.
+        scale: The factor on the logits.
+
+    Returns:
+        (B, C', *spatial) in the dtype of ``v``.
+    """
+    with without_autocast(v):
+        split = [split_heads(to_tokens(t).contiguous(), heads) for t in (q, k, v)]
+        y = F.scaled_dot_product_attention(split[0], split[1], split[2], scale=scale)
+        return to_map(y.transpose(1, 2).flatten(2), q)
+
+
+@torch.fx.wrap
+def split_heads(tokens: Tensor, heads: int) -> Tensor:
+    """(B, N, C') to (B, heads, N, C'/heads)."""
+    batch, length, channels = tokens.shape
+    return tokens.reshape(batch, length, heads, channels // heads).transpose(1, 2)
+
+
+class MultiHeadNonLocal(ProjectedBlock):
+    """Embedded Gaussian attention in ``heads`` heads of C'/heads channels (Vaswani et al. 2017).
+
+    Children: ``theta``, ``phi``, ``g``, ``out`` and the norm. ``attention`` is the heads' mean.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        dims: int = 2,
+        reduction: float = 2,
+        heads: int = 8,
+        sub_sample: bool = False,
+        use_scale: bool = True,
+        norm: str = "bn",
+    ) -> None:
+        inner = reduced(in_channels, reduction)
+        checked_heads(inner, heads, block="multi_head")
+        super().__init__(in_channels, inner, dims, norm)
+        self.heads, self.sub_sample = heads, sub_sample
+        self.scale = logit_scale(inner // heads, use_scale)
+        self.theta = pointwise(in_channels, inner, dims)
+        self.phi = pointwise(in_channels, inner, dims)
+        self.g = pointwise(in_channels, inner, dims)
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        return pool_keys(x) if self.sub_sample else x
+
+    def attended(self, x: Tensor) -> Tensor:
+        """All heads' values, side by side."""
+        k, v = self._pooled(self.phi(x)), self._pooled(self.g(x))
+        return multi_head(self.theta(x), k, v, self.heads, self.scale)
+
+    def attention(self, x: Tensor) -> Tensor:
+        """The mean of the heads' maps of (B, C, *spatial): (B, N, M), rows sum to 1."""
+        x = checked_input(x, self.in_channels, self.dims)
+        q = split_heads(to_tokens(self.theta(x)), self.heads).flatten(0, 1)
+        k = split_heads(to_tokens(self._pooled(self.phi(x))), self.heads).flatten(0, 1)
+        maps = softmax_map(q, k, self.scale)
+        return maps.view(-1, self.heads, *maps.shape[1:]).mean(1)
+
+
+@torch.fx.wrap
+def top_k_map(soft: Tensor, top_k: int) -> Tensor:
+    """1/k on the k largest entries of each row, with the gradient of ``soft``.
+
+    Args:
+        soft: (B, N, M), rows sum to 1.
+        top_k: k, at most M counts.
+    """
+    k = min(top_k, soft.shape[-1])
+    index = soft.topk(k, dim=-1).indices
+    hard = torch.zeros_like(soft).scatter(-1, index, 1 / max(1, k))
+    return hard + (soft - soft.detach())
+
+
+class HardNonLocal(ProjectedBlock):
+    """Each position takes the mean of its k nearest keys; straight-through for the gradient.
+
+    Forward 1/k on the k keys of the largest logit, backward as if it were their softmax (Bengio
+    et al. 2013, arXiv 1308.3432). Forms the N×M map. Children: ``theta``, ``phi``, ``g``, ``out``
+    and the norm.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        dims: int = 2,
+        reduction: float = 2,
+        top_k: int = 4,
+        use_scale: bool = True,
+        norm: str = "bn",
+    ) -> None:
+        inner = reduced(in_channels, reduction)
+        super().__init__(in_channels, inner, dims, norm)
+        if top_k < 1:
+            raise BlockError(f"hard: top_k must be at least 1, got {top_k}")
+        self.top_k = top_k
+        self.scale = logit_scale(inner, use_scale)
+        self.theta = pointwise(in_channels, inner, dims)
+        self.phi = pointwise(in_channels, inner, dims)
+        self.g = pointwise(in_channels, inner, dims)
+
+    def attended(self, x: Tensor) -> Tensor:
+        """The mean of the chosen keys' values."""
+        return to_map(_weighted(self._map(x), to_tokens(self.g(x))), x)
+
+    def attention(self, x: Tensor) -> Tensor:
+        """The hard map of (B, C, *spatial): (B, N, N), 1/k on k keys a row."""
+        return self._map(checked_input(x, self.in_channels, self.dims))
+
+    def _map(self, x: Tensor) -> Tensor:
+        soft = softmax_map(to_tokens(self.theta(x)), to_tokens(self.phi(x)), self.scale)
+        return top_k_map(soft, self.top_k)
+
+
+@torch.fx.wrap
+def _weighted(attention: Tensor, v: Tensor) -> Tensor:
+    with without_autocast(v):
+        return (attention @ v.to(attention.dtype)).to(v.dtype)
+
+
+@register("multi_head", source="Vaswani et al., NeurIPS 2017; Wang et al., CVPR 2018")
+def build_multi_head(
+    in_channels: int,
+    *,
+    dims: int,
+    reduction: float = 2,
+    heads: int = 8,
+    sub_sample: bool = False,
+    use_scale: bool = True,
+    norm: Norm = "bn",
+) -> MultiHeadNonLocal:
+    """Build a multi-head non-local block.
+
+    Args:
+        in_channels: C of the host.
+        dims: Spatial dimensions.
+        reduction: C' = C // reduction.
+        heads: A divisor of C'.
+        sub_sample: Max-pool keys and values over space.
+        use_scale: Divide the logits by √(C'/heads).
+        norm: The normalisation after ``out``.
+    """
+    return MultiHeadNonLocal(
+        in_channels,
+        dims=dims,
+        reduction=reduction,
+        heads=heads,
+        sub_sample=sub_sample,
+        use_scale=use_scale,
+        norm=norm,
+    )
+
+
+@register("hard", source="Bengio et al., 2013 (straight-through); Xu et al., ICML 2015 (hard)")
+def build_hard(
+    in_channels: int,
+    *,
+    dims: int,
+    reduction: float = 2,
+    top_k: int = 4,
+    use_scale: bool = True,
+    norm: Norm = "bn",
+) -> HardNonLocal:
+    """Build hard attention over the top-k keys.
+
+    Args:
+        in_channels: C of the host.
+        dims: Spatial dimensions.
+        reduction: C' = C // reduction.
+        top_k: Keys each position takes.
+        use_scale: Divide the logits by √C'.
+        norm: The normalisation after ``out``.
+    """
+    return HardNonLocal(
+        in_channels, dims=dims, reduction=reduction, top_k=top_k, use_scale=use_scale, norm=norm
+    )
