@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import warnings
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from mmengine.registry import MODELS
 
 from tests.integrations.mm_models import backbone
 from tests.integrations.mm_runs import loader, make_runner
@@ -52,10 +54,42 @@ def main(folder: Path, case: str) -> None:
     make_runner(folder, **options).train()
 
 
+def shard(folder: Path) -> None:
+    """Take three steps with torch's ``fully_shard``, or unsharded in one process; save the losses."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = MODELS.build({"type": "toys.ToyClassifier", "backbone": backbone()})
+    model.init_weights()
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for stage in (model.backbone.layer2, model.backbone.layer3):
+            fully_shard(stage, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+    losses = []
+    for _ in range(3):
+        loss = model(images, labels, mode="loss")["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "losses.json").write_text(json.dumps(losses))
+
+
 def _world() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
-    main(Path(sys.argv[1]), sys.argv[2])
+    if sys.argv[2] == "shard":
+        shard(Path(sys.argv[1]))
+    else:
+        main(Path(sys.argv[1]), sys.argv[2])

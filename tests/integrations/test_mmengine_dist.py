@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -54,3 +55,12 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path, case: str) -> Non
     ]
     assert len(gates) == 3
     assert all(gate.any() for gate in gates)
+
+
+@pytest.mark.slow
+def test_sharded_parameters_give_the_same_losses(tmp_path: Path) -> None:
+    mm_dist.shard(tmp_path / "one")
+    run(tmp_path / "two", "shard")
+    one, two = (json.loads((tmp_path / n / "losses.json").read_text()) for n in ("one", "two"))
+    assert len(set(one)) == 3
+    assert two == pytest.approx(one, rel=1e-4)

@@ -102,7 +102,7 @@ def test_load_from_a_run(tmp_path: Path, operated: bool) -> None:
     [
         {"custom_hooks": [{"type": "EMAHook"}]},
         {"activation_checkpointing": ["backbone.layer2", "backbone.layer3.1"]},
-        {"compile": {"backend": "eager"}},
+        pytest.param({"compile": {"backend": "eager"}}, marks=pytest.mark.slow),
         {
             "optim_wrapper": {
                 "type": "nlsurgery.CPUAmpOptimWrapper",
