@@ -10,13 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from nlsurgery.checkpoint import load_tensors
+from nlsurgery.convert.ours import UNTOLD
 from nlsurgery.convert.pairwise import scale_logits, with_biases
 from nlsurgery.convert.result import BlockSpec, Conversion, Left
 from nlsurgery.errors import CheckpointError
 from nlsurgery.reporting import inserted_blocks
 
-#: Options that decide what a block computes and that its tensors do not hold.
-_OPTIONS = ("mode", "use_scale", "sub_sample", "pool_order", "recurrence")
+#: Options that decide what a block computes and that its tensors do not tell.
+_OPTIONS = tuple(name for options in UNTOLD.values() for name in options)
 
 
 def options_of(block: nn.Module) -> dict[str, Any]:
