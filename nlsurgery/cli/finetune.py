@@ -210,13 +210,16 @@ def parse_epochs(text: str | None) -> tuple[int, ...] | None:
 
 
 def complete(given: dict[str, Any]) -> dict[str, Any]:
-    """Fill what was not given: with the demo's model and recipe, and its data, where no model is.
+    """Fill what was not given: from the work dir to resume in, or with the demo's choices.
 
     Raises:
         typer.BadParameter: A model without its recipe or data, or a checkpoint of nothing.
     """
-    from nlsurgery.finetune.config import demo_values
+    from nlsurgery.finetune.config import CONFIG_FILE, FinetuneConfig, demo_values
 
+    folder = Path(given.get("work_dir", demo_values()["work_dir"]))
+    if given.get("resume") and "model" not in given and (folder / CONFIG_FILE).is_file():
+        return {**FinetuneConfig.read(folder).model_dump(), **given}
     if "model" in given:
         missing = [f"--{key}" for key in ("recipe", "data") if key not in given]
         if missing:

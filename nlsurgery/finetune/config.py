@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
 from pydantic import ValidationError as PydanticError
 
+from nlsurgery.checkpoint import atomic_write
 from nlsurgery.errors import DataError, SurgeryError
 
 #: ``data`` and ``checkpoint`` of the run without arguments.
@@ -121,10 +122,11 @@ class FinetuneConfig(BaseModel):
             ]
             raise SurgeryError(f"fine-tuning configuration: {'; '.join(lines)}") from error
 
-    def to_yaml(self) -> str:
-        """The resolved configuration as YAML."""
-        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-        return text
+    def write(self, folder: Path) -> None:
+        """Write the resolved configuration as YAML into ``folder``."""
+        text = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        with atomic_write(folder / CONFIG_FILE) as part:
+            part.write_text(text, encoding="utf-8")
 
     @classmethod
     def read(cls, folder: Path) -> FinetuneConfig:

@@ -33,7 +33,6 @@ class Job:
         input_size: Of one sample, without the batch.
         outputs: Runs a model on a batch and returns the tensors to compare.
         view: The picture of a validation sample as the model sees it, None where there is none.
-        example_input: What the surgery traces the model with; None for ``input_size``.
     """
 
     network: nn.Module

@@ -38,8 +38,11 @@ def build_network(config: FinetuneConfig, num_classes: int) -> tuple[nn.Module, 
     """
     if config.pretrained and config.checkpoint is not None:
         raise CheckpointError("give either --checkpoint or --pretrained, not both")
-    model = _create(config, num_classes, pretrained=config.pretrained)
+    model = _create(config, num_classes)
     head = _head_keys(config, model, num_classes)
+    if config.pretrained:
+        library = create_model(config.model, pretrained=True).state_dict()
+        load_checkpoint(model, library, "the library's checkpoint", head)
     if config.checkpoint is not None:
         tensors, origin = _read(config)
         load_checkpoint(model, tensors, origin, head)
@@ -47,9 +50,9 @@ def build_network(config: FinetuneConfig, num_classes: int) -> tuple[nn.Module, 
     return model.eval(), head
 
 
-def _create(config: FinetuneConfig, num_classes: int, *, pretrained: bool) -> nn.Module:
+def _create(config: FinetuneConfig, num_classes: int) -> nn.Module:
     try:
-        return create_model(config.model, num_classes=num_classes, pretrained=pretrained)
+        return create_model(config.model, num_classes=num_classes)
     except TypeError as error:
         raise ModelError(
             f"model {config.model!r} takes no number of classes, so it cannot be fine-tuned as a "
@@ -61,10 +64,10 @@ def _head_keys(config: FinetuneConfig, model: nn.Module, num_classes: int) -> fr
     """The keys whose shape depends on the number of classes: the head, whatever it is called."""
     try:
         with torch.device("meta"):
-            other = _create(config, num_classes + 1, pretrained=False).state_dict()
+            other = _create(config, num_classes + 1).state_dict()
     except (RuntimeError, NotImplementedError):
         with torch.random.fork_rng(devices=[]):
-            other = _create(config, num_classes + 1, pretrained=False).state_dict()
+            other = _create(config, num_classes + 1).state_dict()
     own = model.state_dict()
     head = frozenset(key for key in own if own[key].shape != other[key].shape)
     if not head:
@@ -106,6 +109,8 @@ def load_checkpoint(
             f"such as {inserted[0]}): give the original's checkpoint, or --resume a run in its work dir"
         )
     own = model.state_dict()
+    counters = {key: own[key] for key in own if key.endswith(".num_batches_tracked")}
+    tensors = {**counters, **tensors}  # frozen norms and old checkpoints have no counters
     other_size = {
         key
         for key in head

@@ -12,10 +12,9 @@ import torch
 from mmengine.dist import barrier
 from torch import nn
 
-from nlsurgery.checkpoint import atomic_write
 from nlsurgery.errors import DataError, SurgeryError
 from nlsurgery.finetune.checkpoints import BEST_FILE, MODEL_FILE, clear_leftovers, read_state
-from nlsurgery.finetune.config import CONFIG_FILE, FREE_FIELDS, FinetuneConfig
+from nlsurgery.finetune.config import FREE_FIELDS, FinetuneConfig
 from nlsurgery.finetune.curves import write_curves
 from nlsurgery.finetune.distributed import is_first_process, process_group, share_norms
 from nlsurgery.finetune.history import History
@@ -187,8 +186,7 @@ def open_folder(config: FinetuneConfig) -> None:
         except OSError as error:
             raise DataError(f"--work-dir {folder} cannot be made: {error.strerror}") from error
         clear_leftovers(folder)
-        with atomic_write(folder / CONFIG_FILE) as part:
-            part.write_text(config.to_yaml(), encoding="utf-8")
+        config.write(folder)
     barrier()
 
 
