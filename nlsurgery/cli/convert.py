@@ -12,7 +12,6 @@ from nlsurgery.cli.apply import OutOption, OverwriteOption, check_target
 from nlsurgery.cli.options import (
     InputSizeOption,
     JsonOption,
-    NumClassesOption,
     parse_input_size,
 )
 from nlsurgery.errors import CheckpointError
@@ -78,6 +77,14 @@ RecurrenceOption = Annotated[
 BnEpsOption = Annotated[
     float | None,
     typer.Option("--bn-eps", help="Epsilon of the blocks' BatchNorm, if not 1e-5."),
+]
+NumClassesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-classes",
+        min=0,
+        help="Size of the classifier, if not the checkpoint's own; 0: no classifier (timm).",
+    ),
 ]
 PlaceOption = Annotated[
     list[str] | None,
