@@ -103,16 +103,15 @@ class ProgressBar:
         else:
             print(text, flush=True)
 
-    def update(self, step: int, num_steps: int, loss: float, accuracy: float) -> None:
+    def update(self, step: int, num_steps: int, values: Mapping[str, float]) -> None:
         """Show how far the run is.
 
         Args:
             step: Steps done.
             num_steps: Steps of the whole run.
-            loss: Of the last step.
-            accuracy: Of the last step, in percent.
+            values: What the last step gave, such as its loss.
         """
-        text = f"loss {loss:.3f}  accuracy {accuracy:.0f}%"
+        text = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
         if self.task is None:
             self.task = self.bar.add_task("training", total=num_steps, completed=step, text=text)
             self.started, self.first = time.monotonic(), step

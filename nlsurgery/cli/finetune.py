@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nlsurgery.cli import console
+
+if TYPE_CHECKING:
+    from nlsurgery.finetune import FinetuneResult
+
+
+class Task(str, Enum):
+    """What is learnt."""
+
+    classify = "classify"
 
 
 class Amp(str, Enum):
@@ -26,6 +35,14 @@ class Optimizer(str, Enum):
     adamw = "adamw"
 
 
+class Schedule(str, Enum):
+    """How the learning rate falls."""
+
+    cosine = "cosine"
+    step = "step"
+    constant = "constant"
+
+
 class Augment(str, Enum):
     """How much the training images are changed."""
 
@@ -34,101 +51,198 @@ class Augment(str, Enum):
     none = "none"
 
 
-ModelOption = Annotated[
-    str | None,
-    typer.Option("--model", help="timm/NAME, torchvision/NAME or a bare name; the demo without."),
-]
-CheckpointOption = Annotated[
-    str | None, typer.Option("--checkpoint", help="Weights of the original model.")
-]
-RecipeOption = Annotated[str | None, typer.Option("--recipe", help="A recipe's name or file.")]
-DataOption = Annotated[
-    str | None,
-    typer.Option(
-        "--data", help="A folder of classes (or train/ and val/), or a timm dataset name."
-    ),
-]
-DataRootOption = Annotated[
-    str | None, typer.Option("--data-root", help="Root folder of a timm dataset.")
-]
-EpochsOption = Annotated[int | None, typer.Option("--epochs", min=1)]
-BatchOption = Annotated[int | None, typer.Option("--batch-size", min=1)]
-LrOption = Annotated[float | None, typer.Option("--lr", help="Peak rate; cosine to zero.")]
-MultOption = Annotated[
-    float | None, typer.Option("--inserted-lr-mult", help="Factor on --lr for inserted blocks.")
-]
-DecayOption = Annotated[float | None, typer.Option("--weight-decay", min=0)]
-FreezeOption = Annotated[
-    bool | None, typer.Option("--freeze-backbone", help="Train blocks and classifier alone.")
-]
-SizeOption = Annotated[
-    int | None, typer.Option("--image-size", min=8, help="Pixels; the model's own by default.")
-]
-WorkersOption = Annotated[int | None, typer.Option("--num-workers", min=0)]
-SeedOption = Annotated[int | None, typer.Option("--seed")]
-DeviceOption = Annotated[str | None, typer.Option("--device", help="cuda or cpu.")]
-WorkDirOption = Annotated[Path | None, typer.Option("--work-dir", help="Where results go.")]
-ResumeOption = Annotated[
-    bool, typer.Option("--resume", help="Go on from the work dir's last checkpoint.")
-]
+DATA, TRAIN, RUN = "Model and data", "Training", "The run"
+
+
+def _option(group: str, name: str, text: str, **more: Any) -> Any:
+    return typer.Option(name, help=text, rich_help_panel=group, **more)
 
 
 def finetune(
-    model: ModelOption = None,
-    checkpoint: CheckpointOption = None,
-    recipe: RecipeOption = None,
-    data: DataOption = None,
-    data_root: DataRootOption = None,
-    epochs: EpochsOption = None,
-    batch_size: BatchOption = None,
-    lr: LrOption = None,
-    inserted_lr_mult: MultOption = None,
-    weight_decay: DecayOption = None,
-    optimizer: Annotated[Optimizer | None, typer.Option("--optimizer")] = None,
-    freeze_backbone: FreezeOption = None,
-    amp: Annotated[Amp | None, typer.Option("--amp")] = None,
-    augment: Annotated[Augment | None, typer.Option("--augment")] = None,
-    image_size: SizeOption = None,
-    num_workers: WorkersOption = None,
-    seed: SeedOption = None,
-    device: DeviceOption = None,
-    work_dir: WorkDirOption = None,
-    resume: ResumeOption = False,
+    model: Annotated[
+        str | None, _option(DATA, "--model", "timm/NAME, torchvision/NAME or a bare name.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, _option(DATA, "--checkpoint", "Weights of the original model.")
+    ] = None,
+    pretrained: Annotated[
+        bool | None, _option(DATA, "--pretrained", "Download the library's own weights.")
+    ] = None,
+    recipe: Annotated[str | None, _option(DATA, "--recipe", "A recipe's name or file.")] = None,
+    data: Annotated[
+        str | None,
+        _option(
+            DATA,
+            "--data",
+            "A folder of classes of images or videos (or train/ and val/), a timm "
+            "dataset such as torch/cifar10.",
+        ),
+    ] = None,
+    task: Annotated[Task | None, _option(DATA, "--task", "What is learnt. [classify]")] = None,
+    data_root: Annotated[
+        str | None, _option(DATA, "--data-root", "Root folder of a timm dataset.")
+    ] = None,
+    data_download: Annotated[
+        bool | None, _option(DATA, "--data-download", "Let a timm dataset download itself.")
+    ] = None,
+    image_size: Annotated[
+        int | None, _option(DATA, "--image-size", "Pixels; the model's own by default.", min=8)
+    ] = None,
+    clip_frames: Annotated[
+        int | None, _option(DATA, "--clip-frames", "Frames a clip of a video.", min=1)
+    ] = None,
+    augment: Annotated[
+        Augment | None,
+        _option(DATA, "--augment", "timm's augmentation, crops alone, or none. [default]"),
+    ] = None,
+    epochs: Annotated[
+        int | None, _option(TRAIN, "--epochs", "Passes over the data.", min=1)
+    ] = None,
+    batch_size: Annotated[
+        int | None, _option(TRAIN, "--batch-size", "Samples a step, of all processes.", min=1)
+    ] = None,
+    accumulate: Annotated[
+        int | None, _option(TRAIN, "--accumulate", "Steps to add gradients up over.", min=1)
+    ] = None,
+    lr: Annotated[float | None, _option(TRAIN, "--lr", "Peak learning rate.")] = None,
+    inserted_lr_mult: Annotated[
+        float | None, _option(TRAIN, "--inserted-lr-mult", "Factor on --lr for inserted blocks.")
+    ] = None,
+    weight_decay: Annotated[
+        float | None, _option(TRAIN, "--weight-decay", "Not of γ, norms and biases.", min=0)
+    ] = None,
+    optimizer: Annotated[Optimizer | None, _option(TRAIN, "--optimizer", "[sgd]")] = None,
+    schedule: Annotated[
+        Schedule | None, _option(TRAIN, "--schedule", "How the rate falls. [cosine]")
+    ] = None,
+    lr_steps: Annotated[
+        str | None,
+        _option(
+            TRAIN, "--lr-steps", "Epochs after which `step` divides the rate by 10, e.g. 8,11."
+        ),
+    ] = None,
+    warmup: Annotated[
+        float | None, _option(TRAIN, "--warmup", "Share of all steps in which the rate rises.")
+    ] = None,
+    clip_grad: Annotated[
+        float | None, _option(TRAIN, "--clip-grad", "Largest norm of all gradients together.")
+    ] = None,
+    ema: Annotated[
+        float | None, _option(TRAIN, "--ema", "Average the weights with this decay, e.g. 0.999.")
+    ] = None,
+    early_stop: Annotated[
+        int | None, _option(TRAIN, "--early-stop", "Epochs without a better score.", min=1)
+    ] = None,
+    freeze_backbone: Annotated[
+        bool | None, _option(TRAIN, "--freeze-backbone", "Train blocks and head alone.")
+    ] = None,
+    amp: Annotated[Amp | None, _option(TRAIN, "--amp", "Mixed precision. [off]")] = None,
+    seed: Annotated[int | None, _option(TRAIN, "--seed", "[0]", min=0)] = None,
+    device: Annotated[str | None, _option(RUN, "--device", "cuda, cuda:1 or cpu.")] = None,
+    num_workers: Annotated[
+        int | None, _option(RUN, "--num-workers", "Loader processes.", min=0)
+    ] = None,
+    work_dir: Annotated[Path | None, _option(RUN, "--work-dir", "Where results go.")] = None,
+    save_every: Annotated[
+        int | None, _option(RUN, "--save-every", "Steps between saves inside an epoch.", min=1)
+    ] = None,
+    resume: Annotated[
+        bool, _option(RUN, "--resume", "Go on from the work dir's last saved state.")
+    ] = False,
+    tensorboard: Annotated[
+        bool | None, _option(RUN, "--tensorboard", "Write TensorBoard files as well.")
+    ] = None,
+    dry_run: Annotated[
+        bool, _option(RUN, "--dry-run", "Print the plan, the memory and the time; write nothing.")
+    ] = False,
 ) -> None:
-    """Operate on a pretrained classifier, prove that nothing changed, fine-tune it.
+    """Operate on a pretrained model, prove that nothing changed, fine-tune it.
 
     Without arguments: EfficientNet-Lite0 pretrained on ImageNet, on 5,000 MNIST digits.
     """
     given: dict[str, Any] = {
-        "model": model, "checkpoint": checkpoint, "recipe": recipe, "data": data,
-        "data_root": data_root, "epochs": epochs, "batch_size": batch_size, "lr": lr,
-        "inserted_lr_mult": inserted_lr_mult, "weight_decay": weight_decay,
-        "optimizer": optimizer.value if optimizer else None, "freeze_backbone": freeze_backbone,
-        "amp": amp.value if amp else None, "augment": augment.value if augment else None,
-        "image_size": image_size, "num_workers": num_workers, "seed": seed, "device": device,
-        "work_dir": str(work_dir) if work_dir else None, "resume": resume,
+        "task": task, "model": model, "checkpoint": checkpoint, "pretrained": pretrained,
+        "recipe": recipe, "data": data, "data_root": data_root, "data_download": data_download,
+        "image_size": image_size, "clip_frames": clip_frames, "augment": augment, "epochs": epochs,
+        "batch_size": batch_size, "accumulate": accumulate, "lr": lr,
+        "inserted_lr_mult": inserted_lr_mult, "weight_decay": weight_decay, "optimizer": optimizer,
+        "schedule": schedule, "lr_steps": parse_epochs(lr_steps), "warmup": warmup,
+        "clip_grad": clip_grad, "ema": ema, "early_stop": early_stop,
+        "freeze_backbone": freeze_backbone, "amp": amp, "seed": seed, "device": device,
+        "num_workers": num_workers, "work_dir": work_dir, "save_every": save_every,
+        "resume": resume, "tensorboard": tensorboard,
     }  # fmt: skip
-    given = {key: value for key, value in given.items() if value is not None}
+    values = {
+        key: value.value if isinstance(value, Enum) else str(value) if key == "work_dir" else value
+        for key, value in given.items()
+        if value is not None
+    }
 
-    from nlsurgery.finetune import FinetuneConfig, run
+    from nlsurgery.finetune import FinetuneConfig, estimate, run
+
+    config = FinetuneConfig.make(**complete(values))
+    if dry_run:
+        console.say(str(estimate(config, say=console.say)))
+        return
+    with console.progress_bar() as progress:
+        result = run(config, say=progress.say, progress=progress.update)
+    from nlsurgery.finetune.distributed import is_first_process
+
+    if is_first_process():
+        console.say(summary(result))
+
+
+def parse_epochs(text: str | None) -> tuple[int, ...] | None:
+    """Read ``--lr-steps``: ``8,11``.
+
+    Raises:
+        typer.BadParameter: Not rising positive whole numbers.
+    """
+    if text is None:
+        return None
+    parts = text.split(",")
+    epochs = [int(part) for part in parts if part.strip().isdecimal()]
+    if len(epochs) != len(parts) or epochs != sorted(set(epochs)) or epochs[0] < 1:
+        raise typer.BadParameter(
+            f"must be rising epochs such as 8,11, but got {text!r}", param_hint="'--lr-steps'"
+        )
+    return tuple(epochs)
+
+
+def complete(given: dict[str, Any]) -> dict[str, Any]:
+    """Fill what was not given: with the demo's model and recipe, and its data, where no model is.
+
+    Raises:
+        typer.BadParameter: A model without its recipe or data, or a checkpoint of nothing.
+    """
     from nlsurgery.finetune.config import demo_values
 
-    if model is None and data is None:
-        if checkpoint is not None:
-            raise typer.BadParameter("needs --model and --data", param_hint="'--checkpoint'")
-        given = {**demo_values(), **given}
-    missing = [f"--{key}" for key in ("model", "recipe", "data") if key not in given]
-    if missing:
-        raise typer.BadParameter(f"give {' and '.join(missing)} as well (or nothing at all)")
-    with console.progress_bar() as progress:
-        result = run(FinetuneConfig.make(**given), say=progress.say, progress=progress.update)
-    gain = result.after["accuracy"] - result.before["accuracy"]
-    console.say(
-        f"\nvalidation accuracy {result.before['accuracy']:.2f}% -> {result.after['accuracy']:.2f}% "
-        f"({gain:+.2f})\nwork dir {result.work_dir}: {', '.join(sorted(_listing(result.work_dir)))}"
-    )
+    if "model" in given:
+        missing = [f"--{key}" for key in ("recipe", "data") if key not in given]
+        if missing:
+            raise typer.BadParameter(f"--model needs {' and '.join(missing)} as well")
+        return given
+    for key in ("checkpoint", "pretrained", "task"):
+        if key in given:
+            raise typer.BadParameter(f"--{key} needs --model as well")
+    demo = demo_values()
+    if "data" in given:
+        demo = {k: v for k, v in demo.items() if k not in ("work_dir", "image_size", "augment")}
+    return {**demo, **given}
 
 
-def _listing(folder: Path) -> list[str]:
-    names = (p.name + ("/" if p.is_dir() else "") for p in folder.iterdir())
-    return [name for name in names if not name.startswith(".")]
+def summary(result: FinetuneResult) -> str:
+    """The lines after a run: what it gained, and where everything lies."""
+    before, after = result.before[result.score], result.after[result.score]
+    listing = (p.name + ("/" if p.is_dir() else "") for p in result.work_dir.iterdir())
+    lines = [
+        f"\nvalidation {result.score} {before:.2f} -> {after:.2f} ({after - before:+.2f})",
+        f"work dir {result.work_dir}: "
+        + ", ".join(sorted(name for name in listing if not name.startswith("."))),
+    ]
+    if result.stopped_at is not None:
+        lines.append(
+            f"stopped after step {result.stopped_at} on request; everything is saved: the same "
+            f"command with --resume goes on"
+        )
+    return "\n".join(lines)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nlsurgery.finetune.config import FinetuneConfig
-    from nlsurgery.finetune.runner import FinetuneResult, run
+    from nlsurgery.finetune.dry_run import Estimate, estimate
+    from nlsurgery.finetune.training import FinetuneResult, run
 
-__all__ = ["FinetuneConfig", "FinetuneResult", "run"]
+_HOME_OF = {
+    "Estimate": "dry_run",
+    "FinetuneConfig": "config",
+    "FinetuneResult": "training",
+    "estimate": "dry_run",
+    "run": "training",
+}
+
+__all__ = ["Estimate", "FinetuneConfig", "FinetuneResult", "estimate", "run"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "FinetuneConfig":
-        from nlsurgery.finetune.config import FinetuneConfig
-
-        return FinetuneConfig
-    if name in ("FinetuneResult", "run"):
-        from importlib import import_module
-
-        return getattr(import_module("nlsurgery.finetune.runner"), name)
+    if name in _HOME_OF:
+        return getattr(import_module(f"nlsurgery.finetune.{_HOME_OF[name]}"), name)
     raise AttributeError(f"module 'nlsurgery.finetune' has no attribute {name!r}")

@@ -14,60 +14,95 @@ from nlsurgery.errors import DataError, SurgeryError
 #: ``data`` and ``checkpoint`` of the run without arguments.
 DEMO = "demo"
 CONFIG_FILE = "config.yaml"
+#: What may differ between a run and its continuation without changing a number.
+FREE_FIELDS = frozenset(
+    {"num_workers", "device", "work_dir", "resume", "save_every"}
+    | {"tensorboard", "data_download", "pictures"}
+)
 
 
 class FinetuneConfig(BaseModel):
     """A fine-tuning run.
 
     Attributes:
+        task: ``classify`` (images, or clips where the files are videos).
         model: ``timm/NAME``, ``torchvision/NAME`` or a bare name.
         checkpoint: A checkpoint of the original model, ``demo`` for the packaged weights, or None.
+        pretrained: Download the library's own weights.
         recipe: Packaged name, path or mapping.
         data: ``demo``, a folder of classes (or with ``train`` and ``val``), or a timm dataset name
             such as ``torch/cifar10``.
         data_root: Root folder of a timm dataset.
+        data_download: Let a timm dataset download itself.
         epochs: Passes over the training set.
-        batch_size: Samples a step and process.
+        batch_size: Samples a step, of all processes together.
+        accumulate: Steps whose gradients are added up before the weights change.
         lr: Peak learning rate of the backbone.
         inserted_lr_mult: Factor on ``lr`` for the inserted blocks.
         weight_decay: Of weights with two or more dimensions.
         optimizer: ``sgd`` (momentum 0.9, Nesterov) or ``adamw``.
-        warmup: Share of all steps in which the rate rises linearly; cosine to zero after it.
-        freeze_backbone: Train the inserted blocks and the classifier alone.
-        amp: Mixed precision.
+        schedule: How the rate falls after the warm-up.
+        lr_steps: Epochs at which ``step`` divides the rate by ten; 2/3 and 8/9 of all when empty.
+        warmup: Share of all steps in which the rate rises linearly.
+        clip_grad: Largest norm of all gradients together; no limit when None.
+        ema: Decay of an exponential moving average of the weights, which is then what is scored and
+            saved; None for none.
+        early_stop: Stop after so many epochs without a better score; never when None.
+        freeze_backbone: Train the inserted blocks and the classifier alone; frozen norms keep their
+            statistics.
+        amp: Mixed precision of the training steps; scores are computed in float32.
         augment: ``default`` is timm's, ``light`` crops only (no flips, no colour), ``none``.
         image_size: Height and width in pixels; the model's own when None.
+        clip_frames: Frames a clip; the model's own when None.
+        frame_stride: Frames of the video between two frames of a clip.
         val_share: Share of a folder without ``val`` that is held out.
         num_workers: Loader processes.
         seed: Of data order, augmentation and new parameters.
         device: ``cuda``, ``cpu``, or None for what there is.
         work_dir: Where results go.
-        resume: Go on from the work dir's last checkpoint.
+        save_every: Steps between two saves inside an epoch; after each epoch alone when None.
+        pictures: Draw the attention in so many validation images of different classes.
+        tensorboard: Write TensorBoard files as well.
+        resume: Go on from the work dir's last saved state.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
+    task: Literal["classify"] = "classify"
     model: str
     checkpoint: str | None = None
+    pretrained: bool = False
     recipe: str | dict[str, Any]
     data: str
     data_root: str | None = None
+    data_download: bool = False
     epochs: PositiveInt = 5
     batch_size: PositiveInt = 32
+    accumulate: PositiveInt = 1
     lr: PositiveFloat = 0.01
     inserted_lr_mult: PositiveFloat = 1.0
     weight_decay: NonNegativeFloat = 1e-4
     optimizer: Literal["sgd", "adamw"] = "sgd"
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    lr_steps: tuple[PositiveInt, ...] = ()
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    clip_grad: PositiveFloat | None = None
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    early_stop: PositiveInt | None = None
     freeze_backbone: bool = False
     amp: Literal["off", "bf16", "fp16"] = "off"
     augment: Literal["default", "light", "none"] = "default"
     image_size: PositiveInt | None = None
+    clip_frames: PositiveInt | None = None
+    frame_stride: PositiveInt = 2
     val_share: Annotated[float, Field(gt=0, lt=1)] = 0.2
     num_workers: Annotated[int, Field(ge=0)] = 2
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     device: str | None = None
     work_dir: str = "work_dirs/finetune"
+    save_every: PositiveInt | None = None
+    pictures: Annotated[int, Field(ge=0)] = 2
+    tensorboard: bool = False
     resume: bool = False
 
     @classmethod
@@ -86,10 +121,10 @@ class FinetuneConfig(BaseModel):
             ]
             raise SurgeryError(f"fine-tuning configuration: {'; '.join(lines)}") from error
 
-    def write(self, folder: Path) -> None:
-        """Write the resolved configuration as YAML into ``folder``."""
-        text = yaml.safe_dump(self.model_dump(), sort_keys=False)
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    def to_yaml(self) -> str:
+        """The resolved configuration as YAML."""
+        text: str = yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return text
 
     @classmethod
     def read(cls, folder: Path) -> FinetuneConfig:
@@ -115,7 +150,7 @@ def demo_values() -> dict[str, Any]:
         "checkpoint": DEMO,
         "recipe": "demo_efficientnet_lite0",
         "data": DEMO,
-        "epochs": 3,
+        "epochs": 2,
         "batch_size": 32,
         "lr": 0.02,
         "inserted_lr_mult": 2.0,

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
-from mmengine.optim import OptimWrapper
 from torch import Tensor, nn
 
+from nlsurgery.reporting import inserted_blocks
 
-class Classifier(BaseModel):
-    """A backbone with a cross-entropy loss.
+#: Weight of the extra classifiers that some networks have in training.
+_AUXILIARY = 0.3
+
+
+class Trained(BaseModel):
+    """An operated model in the Runner: never re-initialised, its frozen norms kept in eval mode.
 
     Args:
-        backbone: An operated classifier: (B, 3, H, W) to (B, classes).
+        backbone: The operated model.
     """
 
     def __init__(self, backbone: nn.Module) -> None:
@@ -29,57 +30,55 @@ class Classifier(BaseModel):
         """Do nothing: the Runner would re-initialise pretrained weights here."""
         self._is_init = True
 
+    def train(self, mode: bool = True) -> Trained:
+        """Set the mode; norms whose parameters are all frozen keep their statistics."""
+        super().train(mode)
+        if mode:
+            for norm in frozen_norms(self.backbone):
+                norm.eval()
+        return self
+
+
+def frozen_norms(model: nn.Module) -> list[nn.Module]:
+    """The norms of the backbone that track statistics and whose parameters are all frozen."""
+    inside = {id(m) for block in inserted_blocks(model).values() for m in block.modules()}
+    return [
+        module
+        for module in model.modules()
+        if isinstance(getattr(module, "running_mean", None), Tensor)
+        and id(module) not in inside
+        and list(module.parameters(recurse=False))
+        and not any(p.requires_grad for p in module.parameters(recurse=False))
+    ]
+
+
+class Classifier(Trained):
+    """A classifier with a cross-entropy loss."""
+
     def forward(self, inputs: Tensor, labels: Tensor, mode: str = "tensor") -> Any:
         """Run one of the Runner's modes.
 
         Args:
-            inputs: (B, 3, H, W), normalised.
+            inputs: (B, 3, H, W) or (B, 3, T, H, W), normalised.
             labels: (B,) of int64.
             mode: ``loss`` for a dict of losses, ``predict`` for a list with (loss, hit) a sample,
                 ``tensor`` for the logits (B, classes).
         """
-        logits = self.backbone(inputs)
+        logits, *extra = logits_of(self.backbone(inputs))
         if mode == "tensor":
             return logits
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
         hits = (logits.argmax(1) == labels).float()
-        if mode == "loss":
-            return {"loss": losses.mean(), "accuracy": hits.mean().detach()}
-        return list(torch.stack((losses, hits), 1).detach().cpu())
+        if mode == "predict":
+            return list(torch.stack((losses, hits), 1).detach().cpu())
+        loss = losses.mean()
+        for other in extra:
+            loss = loss + _AUXILIARY * F.cross_entropy(other.float(), labels)
+        return {"loss": loss, "accuracy": 100 * hits.mean().detach()}
 
 
-class Accuracy(BaseMetric):
-    """Top-1 accuracy in percent and the mean loss."""
-
-    def __init__(self) -> None:
-        super().__init__(prefix="val")
-        self.prefix = None  # the evaluator then reports the bare names
-
-    def process(self, data_batch: Any, data_samples: Any) -> None:
-        """Keep the (loss, hit) pairs of one batch."""
-        self.results.extend(tuple(sample.tolist()) for sample in data_samples)
-
-    def compute_metrics(self, results: list[tuple[float, float]]) -> dict[str, float]:
-        """Average over the whole set."""
-        total = len(results)
-        return {
-            "accuracy": 100.0 * sum(hit for _, hit in results) / total,
-            "loss": sum(loss for loss, _ in results) / total,
-        }
-
-
-class AutocastWrapper(OptimWrapper):
-    """An optimiser wrapper whose forward runs under bf16 autocast, on CPU as well.
-
-    mmengine's own AmpOptimWrapper refuses the CPU; bf16 needs no loss scaling.
-    """
-
-    def __init__(self, device: str, **options: Any) -> None:
-        super().__init__(**options)
-        self._device_type = device
-
-    @contextmanager
-    def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Enter autocast around the forward of one step."""
-        with super().optim_context(model), torch.autocast(self._device_type, torch.bfloat16):
-            yield
+def logits_of(output: Any) -> list[Tensor]:
+    """The logits of a classifier, and of its extra classifiers in training if it has some."""
+    if isinstance(output, Tensor):
+        return [output]
+    return [item for item in output if isinstance(item, Tensor)]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from nlsurgery.checkpoint import read_state_dict
+from nlsurgery.finetune import FinetuneConfig, FinetuneResult, run
 
 RECIPE = {
     "version": 1,
@@ -32,11 +36,10 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def values(digits: Path, tmp_path: Path) -> dict[str, Any]:
+def run_values(digits: Path, work_dir: Path) -> dict[str, Any]:
     """A run of two epochs of three steps that takes seconds."""
     return {
-        "model": "timm/resnet10t",
+        "model": "timm/test_resnet",
         "recipe": RECIPE,
         "data": str(digits),
         "epochs": 2,
@@ -46,5 +49,27 @@ def values(digits: Path, tmp_path: Path) -> dict[str, Any]:
         "num_workers": 0,
         "augment": "light",
         "device": "cpu",
-        "work_dir": str(tmp_path / "work"),
+        "pictures": 0,
+        "work_dir": str(work_dir),
     }
+
+
+@pytest.fixture
+def values(digits: Path, tmp_path: Path) -> dict[str, Any]:
+    """A run of two epochs of three steps that takes seconds."""
+    return run_values(digits, tmp_path / "work")
+
+
+def finetune(values: dict[str, Any], **changes: Any) -> tuple[FinetuneResult, list[str]]:
+    """Run with some values changed; returns what it came to and what it said."""
+    said: list[str] = []
+    progress = changes.pop("progress", None)
+    config = FinetuneConfig.make(**{**values, **changes})
+    return run(config, say=said.append, progress=progress), said
+
+
+def saved(result: FinetuneResult) -> dict[str, Any]:
+    """What two runs with the same numbers have in common: scores, losses, weights."""
+    weights = read_state_dict(result.model_file)
+    history = json.loads((result.work_dir / "history.json").read_text())
+    return {"weights": {key: value.tolist() for key, value in weights.items()}, **history}
