@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nlsurgery.cli import console
-from nlsurgery.cli.apply import OutOption, OverwriteOption, check_target
+from nlsurgery.cli.apply import OverwriteOption, check_target
 from nlsurgery.cli.options import (
     InputSizeOption,
     JsonOption,
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 InArgument = Annotated[
     Path, typer.Argument(metavar="IN", help="The checkpoint: .pth, .pt, .safetensors, caffe2 .pkl.")
+]
+OutOption = Annotated[
+    Path,
+    typer.Option("--out", metavar="OUT", help="The file to write: .safetensors, .pth, .pt, .pkl."),
 ]
 FromOption = Annotated[
     str,
