@@ -137,7 +137,7 @@ def _parts(block: FoundOurs) -> list[FoundOurs]:
 
 
 def block_options(
-    block: FoundOurs, known: Mapping[str, Mapping[str, Any]] | None, choices: Choices
+    block: FoundOurs, known: Mapping[str, Mapping[str, Any]], choices: Choices
 ) -> dict[str, Any]:
     """The options of a block that its keys do not tell.
 
@@ -150,7 +150,7 @@ def block_options(
         CheckpointError: It does.
     """
     defaults = UNTOLD.get(block.type, {})
-    told = dict((known or {}).get(block.prefix, {}))
+    told = dict(known.get(block.prefix, {}))
     for name, value in choices.given().items():
         if name in defaults and name in told and told[name] != value:
             raise CheckpointError(

@@ -212,6 +212,24 @@ def test_one_clear_error(
     assert files_in(tmp_path) == before
 
 
+def test_checkpoint_without_a_classifier(
+    network: torch.nn.Module, tmp_path: Path, run: Run, capsys: Shown
+) -> None:
+    state = {k: v for k, v in network.state_dict().items() if not k.startswith("fc.")}
+    path, out = tmp_path / "in.pth", tmp_path / "out.safetensors"
+    torch.save(state, path)
+    words = (path, "--model", f"timm/{NETWORK}", "--out", out)
+    assert run(*words) == 1
+    assert "--num-classes 0" in capsys.readouterr().err
+    assert run(*words, "--num-classes", 0) == 0
+    loaded = nlsurgery.load(timm.create_model(NETWORK, num_classes=0).double(), out)
+    with torch.no_grad():
+        features = network.forward_head(
+            network.forward_features(peers.numbers(1, 3, 64, 64, scale=1.0)), pre_logits=True
+        )
+    torch.testing.assert_close(outputs(loaded), features, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("suffix", [".txt", ".pkl"])
 def test_suffix_of_the_result(
     suffix: str, checkpoint: Path, tmp_path: Path, run: Run, capsys: Shown
