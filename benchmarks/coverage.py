@@ -1,13 +1,21 @@
 """quick sweep (first draft)"""
 
 from __future__ import annotations
-import argparse, json, signal, sys, time, gc, os
+
+import argparse
+import gc
+import json
+import os
+import signal
+import sys
+import time
 from pathlib import Path
+
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import nlsurgery
-from benchmarks.coverage_models import all_models, build, select, Entry
+from benchmarks.coverage_models import all_models, build, select
 
 DEPTHS = [0.3, 0.4, 0.5, 0.6, 0.75]
 

@@ -18,7 +18,6 @@ import argparse
 import json
 import math
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -171,15 +170,17 @@ def peak(
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     small = torch.randn((1, shape[1], *[4] * (len(shape) - 2)), dtype=x.dtype, requires_grad=train)
     step(block, small, train)  # what the libraries allocate once
-    before = resident()
+    before = resident("VmRSS")
+    # Only a process's own high-water mark: getrusage's outlives exec and shows the parent's.
+    Path("/proc/self/clear_refs").write_text("5")
     step(block, x, train)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024) - before
+    return resident("VmHWM") - before
 
 
-def resident() -> float:
-    """Resident memory of this process now, in MB (Linux)."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def resident(field: str) -> float:
+    """Resident memory of this process in MB (Linux): ``VmRSS`` now, ``VmHWM`` at its highest."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
 def peak_elsewhere(

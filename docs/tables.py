@@ -53,10 +53,12 @@ def _describe(entry: InsertEntry) -> str:
 def render(text: str) -> str:
     """Replace what stands between the table markers of a README."""
     for name, table in (("blocks", blocks_table()), ("recipes", recipes_table())):
-        start, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
-        head, _, rest = text.partition(start)
-        tail = rest.partition(end)[2]
-        text = head + start + table + end + tail
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        head, found, rest = text.partition(start)
+        _, closed, tail = rest.partition(end)
+        if not (found and closed):
+            raise SystemExit(f"README.md lacks the markers {start.strip()} and {end}")
+        text = f"{head}{start}{table}\n{end}{tail}"
     return text
 
 

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nlsurgery.blocks import block_type
 from nlsurgery.errors import RecipeError, SelectorError, SurgeryError
 from nlsurgery.recipe import Recipe
-from nlsurgery.resolve import InsertionPoint, check_float, resolve
+from nlsurgery.resolve import InsertionPoint, resolve
 from nlsurgery.sites import Record
 from nlsurgery.stages import Anatomy
 from nlsurgery.tables import count_text, size_text, text_table
@@ -141,7 +141,6 @@ def make_plan(model: nn.Module, anatomy: Anatomy, recipe: Recipe) -> Plan:
         SelectorError: An entry matches nothing or a place that cannot take a block.
         RecipeError: A block refuses its options at a place.
     """
-    check_float(model)
     points = resolve(anatomy, recipe)
     if not points:
         raise SelectorError(f"{recipe.origin} inserts nothing into {anatomy.model}")
@@ -234,7 +233,7 @@ def _cost(point: InsertionPoint) -> tuple[int, int, int]:
     alive: list[Tensor] = []
     block.eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        block(x)
+        block(x.detach())
     block.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         block(x)

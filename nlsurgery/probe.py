@@ -11,7 +11,7 @@ import copy
 import inspect
 import types
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nlsurgery.catalog import registered
-from nlsurgery.errors import ModelError
+from nlsurgery.errors import ModelError, VerifyError
 from nlsurgery.walk import CHILD_NAME, HOOK_MARK, OutputPath, backbone_modules
 
 
@@ -112,6 +112,25 @@ def flatten_output(value: object, path: OutputPath = ()) -> Iterator[tuple[Outpu
             yield from flatten_output(item, (*path, index))
 
 
+#: Operations whose (first) result has the shape of their first argument.
+_KEEPING = frozenset(
+    name + suffix
+    for name in (
+        "relu",
+        "silu",
+        "gelu",
+        "hardswish",
+        "hardtanh",
+        "sigmoid",
+        "add",
+        "mul",
+        "sub",
+        "div",
+    )
+    for suffix in ("", "_")
+) | {"native_batch_norm", "native_layer_norm", "native_group_norm"}
+
+
 class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records every tensor operation as a node; keeps all tensors alive so that ids stay unique."""
 
@@ -144,7 +163,9 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        quick = _quick_result(name, args)
+        out = func(*args, **kwargs) if quick is None else quick
         reads: list[Tensor] = []
         _collect(args, reads)
         _collect(kwargs.values(), reads)
@@ -154,7 +175,6 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made: list[Tensor] = []
         _collect((out,), made)
         call = self.stack[-1] if self.stack else None
-        name = func._schema.name.removeprefix("aten::")
         before = tuple(sorted(preds))
         read_ids = {id(t) for t in reads}
         mutates = func._schema.is_mutable
@@ -166,6 +186,26 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if mutates:
                 self.written[_storage_key(tensor)] = index
         return out
+
+
+def _quick_result(name: str, args: tuple[Any, ...]) -> Any:
+    """What an operation that keeps shapes returns on the meta device, None for the other operations.
+
+    torch decomposes these in Python there: a BatchNorm takes a millisecond for no result at all.
+    """
+    if name not in _KEEPING or not args or not isinstance(args[0], Tensor):
+        return None
+    first = args[0]
+    if first.device.type != "meta" or not first.is_floating_point():
+        return None
+    others = [value for value in args[1:2] if isinstance(value, Tensor)]
+    norm = name.startswith("native_")
+    if not norm and any(t.shape != first.shape or t.dtype != first.dtype for t in others):
+        return None
+    if name.endswith("_"):
+        return first
+    same = torch.empty_like(first)
+    return (same, *(first.new_empty(0) for _ in range(2))) if norm else same
 
 
 def _picked(name: str, args: tuple[Any, ...]) -> tuple[int, int, int] | None:
@@ -384,6 +424,8 @@ def _first_that_runs(
         inside = [fqn.removeprefix(start) for fqn in also if fqn.startswith(start)]
         try:
             return part, prefix, args, kwargs, record(part, args, kwargs, inside)
+        except VerifyError:
+            raise
         except Exception as error:
             shape = next((tuple(t.shape) for _, t in flatten_output((args, kwargs))), ())
             errors.append(f"{prefix or 'model'} on {shape}: {_brief(error)}")
@@ -394,11 +436,46 @@ def _first_that_runs(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What of a model is run for an input: the model, or its backbone.
+
+    Attributes:
+        model: The whole model.
+        run: The module that is called.
+    """
+
+    model: nn.Module
+    run: nn.Module
+
+
+def first_input(
+    model: nn.Module, input_size: Sequence[int] | None, example_input: object | None
+) -> tuple[Part, tuple[Any, ...], dict[str, Any]]:
+    """Make real random inputs of the first size that a model runs on, on the model's device.
+
+    Args:
+        model: A real model; a meta copy of it is run.
+        input_size: As in :func:`probe`.
+        example_input: As in :func:`probe`; returned as it is.
+
+    Raises:
+        ModelError: The model does not run on such an input.
+    """
+    if example_input is not None:
+        return Part(model, model), *_as_call(example_input, lambda t: t)
+    twin = meta_copy(model, keep_inserted=True)
+    _, prefix, args, kwargs, _ = _first_that_runs(twin, twin, input_size, None)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    real = tuple(torch.randn(t.shape, dtype=t.dtype, device=device) for t in args)
+    return Part(model, model.get_submodule(prefix)), real, kwargs
+
+
 def _inputs(
     twin: nn.Module, model: nn.Module, input_size: Sequence[int] | None, example: object | None
 ) -> Iterator[_Attempt]:
     if example is not None:
-        yield twin, "", *_as_call(example)
+        yield twin, "", *_as_call(example, _like)
         return
     entry = registered(model)
     if entry is not None and entry.backbone is not None:
@@ -475,10 +552,16 @@ def _rename(trace: Trace, prefix: str) -> None:
             call.fqn = f"{prefix}.{call.fqn}"
 
 
-def _as_call(example: object) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")
+
+
+def _as_call(
+    example: object, convert_tensor: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     def convert(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return torch.empty_like(value, device="meta")
+            return convert_tensor(value)
         if isinstance(value, Mapping):
             return {k: convert(v) for k, v in value.items()}
         if isinstance(value, list | tuple):

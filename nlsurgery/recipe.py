@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -32,6 +32,7 @@ class Recipe:
         source: Where the placement was published.
         published: The result published for it.
         inserts: Its entries.
+        output_stride: The stride the network is brought to before the blocks go in, None for its own.
     """
 
     name: str
@@ -39,11 +40,16 @@ class Recipe:
     source: str | None
     published: str | None
     inserts: tuple[InsertEntry, ...]
+    output_stride: Literal[8, 16] | None = None
 
     def to_mapping(self) -> dict[str, Any]:
         """The recipe as plain data that ``load_recipe`` takes again."""
         file = RecipeFile(
-            version=1, source=self.source, published=self.published, inserts=list(self.inserts)
+            version=1,
+            source=self.source,
+            published=self.published,
+            output_stride=self.output_stride,
+            inserts=list(self.inserts),
         )
         return dict(json.loads(file.model_dump_json(exclude_none=True)))
 
@@ -179,7 +185,7 @@ def _check(data: dict[str, Any], name: str, origin: str) -> Recipe:
     for index, entry in enumerate(file.inserts):
         options = check_block(entry.block, f"{origin}: inserts[{index}].block")
         entries.append(entry.model_copy(update={"block": options}))
-    return Recipe(name, origin, file.source, file.published, tuple(entries))
+    return Recipe(name, origin, file.source, file.published, tuple(entries), file.output_stride)
 
 
 def check_block(spec: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -64,12 +64,14 @@ class RecipeFile(Strict):
         version: Always 1.
         source: Where the placement was published.
         published: The result published for it.
+        output_stride: Bring the network to this stride first: its last down-samplings become dilation.
         inserts: The entries, at least one.
     """
 
     version: Literal[1]
     source: str | None = None
     published: str | None = None
+    output_stride: Literal[8, 16] | None = None
     inserts: Annotated[list[InsertEntry], Field(min_length=1)]
 
 

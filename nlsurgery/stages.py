@@ -290,7 +290,7 @@ def _joined(tree: CallTree, groups: list[_Group]) -> list[_Group]:
             and group.owner != before.owner
             and len(group.units) == 1
             and _family(tree, group) == _family(tree, before)
-            and _size(tree, group.units[0]) == _size(tree, before.units[-1])
+            and _same_place(tree, group, before)
             and before.single
         ):
             before.units = [*before.units[:-1], _wrapper(tree, before.units[-1])]
@@ -530,11 +530,11 @@ def _place_in_network(tree: CallTree, group: _Group, feature: Feature) -> int:
 
 
 def _dilation(module: nn.Module) -> int:
-    """The dilation of all spatial convolutions in a module, 1 when they do not agree."""
-    dilations = {
+    """The dilation of most spatial convolutions in a module, 1 when it is no power of two."""
+    dilations = [
         max(conv.dilation)
         for conv in module.modules()
         if isinstance(conv, nn.Conv2d | nn.Conv3d) and max(conv.kernel_size) > 1
-    }
-    value = next(iter(dilations)) if len(dilations) == 1 else 1
+    ]
+    value = max(sorted(set(dilations)), key=dilations.count, default=1)
     return value if value & (value - 1) == 0 else 1

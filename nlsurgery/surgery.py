@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from nlsurgery.dilation import Redilation, dilate, plan_dilation, undo_dilation
 from nlsurgery.errors import ModelError, VerifyError
-from nlsurgery.flow import Flow
+from nlsurgery.liveness import blocks_without_gradient, dead_blocks
 from nlsurgery.planning import Plan, build_block, make_plan, make_record
-from nlsurgery.probe import Trace, meta_copy, probe, run_meta
-from nlsurgery.recipe import RecipeLike, load_recipe
+from nlsurgery.probe import meta_copy, probe, run_meta
+from nlsurgery.recipe import Recipe, RecipeLike, load_recipe
 from nlsurgery.reporting import inserted_blocks, require_operated
+from nlsurgery.resolve import check_float
 from nlsurgery.splice import Inserted, hosts, splice, withdraw_all
 from nlsurgery.stages import Anatomy, find_stages
 from nlsurgery.tree import CallTree
@@ -60,11 +63,39 @@ def plan(
         RecipeError: The recipe cannot be read, is not valid, or names a place that cannot be.
         ModelError: As in :func:`inspect`.
     """
-    loaded = load_recipe(recipe)
-    anatomy = inspect(model, input_size=input_size, example_input=example_input)
-    made = make_plan(model, anatomy, loaded)
-    _rehearse(model, made, example_input)
-    return made
+    return _plan(model, load_recipe(recipe), input_size, example_input)[0]
+
+
+def _plan(
+    model: nn.Module,
+    recipe: Recipe,
+    input_size: Sequence[int] | None,
+    example_input: object | None,
+) -> tuple[Plan, tuple[Redilation, ...]]:
+    """Plan a recipe. Returns the plan and what its output stride changes first."""
+    check_float(check_operable(model))
+    changes: tuple[Redilation, ...] = ()
+    target = model
+    if recipe.output_stride is not None:
+        trace = probe(model, input_size, example_input).trace
+        changes = plan_dilation(model, trace, recipe.output_stride)
+        target = meta_copy(model, keep_inserted=True)
+        dilate(target, changes, recipe.output_stride)
+    anatomy = inspect(target, input_size=input_size, example_input=example_input)
+    if recipe.output_stride is not None:
+        _check_stride(anatomy, recipe)
+    made = make_plan(target, anatomy, recipe)
+    _rehearse(target, made, example_input)
+    return made, changes
+
+
+def _check_stride(anatomy: Anatomy, recipe: Recipe) -> None:
+    coarsest = max((stage.reduction for stage in anatomy.stages), default=0)
+    if coarsest != recipe.output_stride:
+        raise ModelError(
+            f"{recipe.origin}: output_stride {recipe.output_stride} would leave {anatomy.model} with a "
+            f"map at 1/{coarsest}; only networks that down-sample by convolution can be brought to it"
+        )
 
 
 def apply(
@@ -92,7 +123,7 @@ def apply(
         RecipeError: As in :func:`plan`.
         ModelError: As in :func:`inspect`.
     """
-    made = plan(model, recipe, input_size=input_size, example_input=example_input)
+    made, changes = _plan(model, load_recipe(recipe), input_size, example_input)
     order = 1 + max(
         (record.order for _, _, inserted in hosts(model) for record in inserted.records), default=-1
     )
@@ -105,11 +136,13 @@ def apply(
             block.train(host.training)
             work.append((point.site, block, make_record(point, made, order)))
     splice(model, work)
+    if made.source.output_stride is not None:
+        dilate(model, changes, made.source.output_stride)
     return model
 
 
 def remove(model: nn.Module) -> nn.Module:
-    """Take every inserted block out: the original model is back, exactly.
+    """Take every inserted block out, and every dilation back: the original model is there, exactly.
 
     Args:
         model: An operated model; changed in place. An original model stays as it is.
@@ -119,12 +152,15 @@ def remove(model: nn.Module) -> nn.Module:
     """
     check_operable(model)
     withdraw_all(model)
+    undo_dilation(model)
     return model
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Run a model as the original inside a ``with`` block.
+    """Run a model without its inserted blocks inside a ``with`` block.
+
+    An ``output_stride`` that the recipe set stays: it changes the layers, not what is inserted.
 
     Args:
         model: An operated model.
@@ -145,6 +181,7 @@ def verify(
     *,
     input_size: Sequence[int] | None = None,
     example_input: object | None = None,
+    gradient: bool = False,
 ) -> None:
     """Prove that every inserted block runs exactly once a forward and matters to the output.
 
@@ -154,6 +191,8 @@ def verify(
         model: An operated model.
         input_size: As in :func:`inspect`; by default the size it was operated at.
         example_input: As in :func:`inspect`.
+        gradient: Also run one real backward pass on a deep copy (twice the model's memory and its
+            activations) and see that a gradient reaches every block.
 
     Raises:
         ModelError: Nothing is inserted, or the model does not run on such an input.
@@ -167,40 +206,36 @@ def verify(
     twin = meta_copy(model, keep_inserted=True)
     traced = run_meta(twin, input_size, example_input, watch=blocks)
     problems = []
+    dead = dead_blocks(twin, traced.trace)
     for fqn in blocks:
         times = traced.calls.get(fqn, 0)
         if times == 0:
             problems.append(f"{fqn} does not run: its host is no longer called, or lost its hook")
         elif times > 1:
             problems.append(f"{fqn} runs {times} times a forward")
-        elif not is_block_live(traced.trace, fqn):
+        elif fqn in dead:
             problems.append(f"{fqn} runs, but no output of the model depends on it")
+    if gradient and not problems:
+        unreached = blocks_without_gradient(model, input_size, example_input)
+        problems += [f"{fqn} runs, but no gradient reaches it" for fqn in unreached]
     if problems:
         raise VerifyError(f"{type(model).__name__}: " + "; ".join(problems))
-
-
-def is_block_live(trace: Trace, fqn: str) -> bool:
-    """Whether an output of the model depends on what an inserted block returned.
-
-    Args:
-        trace: A forward of the operated model that recorded the block.
-        fqn: The block's path.
-    """
-    flow = Flow(trace)
-    call = next(call for call in trace.calls if call.fqn == fqn)
-    return any(flow.is_live(out.node) for out in call.outputs)
 
 
 def _rehearse(model: nn.Module, made: Plan, example_input: object | None) -> None:
     """Operate on a meta copy first: each block must run once and leave shapes as they were."""
     twin = meta_copy(model)
     withdraw_all(twin)
-    with torch.device("meta"):
-        work = []
-        for point in made.points:
-            block = build_block(point)
-            like = _representative(twin, point.site.host)
-            work.append((point.site, block.to(dtype=like.dtype), make_record(point, made, 0)))
+    work = []
+    prototypes: dict[str, nn.Module] = {}
+    for point in made.points:
+        key = repr((point.entry.block, point.feature.num_chs, point.site.layout.dims))
+        if key not in prototypes:
+            with torch.device("meta"):
+                prototypes[key] = build_block(point)
+        like = _representative(twin, point.site.host)
+        block = copy.deepcopy(prototypes[key]).to(dtype=like.dtype)
+        work.append((point.site, block, make_record(point, made, 0)))
     splice(twin, work)
     blocks = tuple(inserted_blocks(twin))
     twin.eval()

@@ -50,7 +50,9 @@ def test_every_command_in_the_readme_exists() -> None:
     from nlsurgery.cli.app import app
 
     known = {command.callback.__name__ for command in app.registered_commands if command.callback}
-    named = set(re.findall(r"^(?:\$ )?nlsurgery ([a-z]+)", "\n".join(snippets("bash")), re.MULTILINE))
+    named = set(
+        re.findall(r"^(?:\$ )?nlsurgery ([a-z]+)", "\n".join(snippets("bash")), re.MULTILINE)
+    )
     assert named
     assert named <= known
 

@@ -12,6 +12,7 @@ import nlsurgery
 from nlsurgery.cli.apply import apply
 from nlsurgery.cli.attend import attend
 from nlsurgery.cli.command import join_sizes, reporting_errors
+from nlsurgery.cli.convert import convert
 from nlsurgery.cli.finetune import finetune
 from nlsurgery.cli.inspect import inspect
 from nlsurgery.cli.plan import plan
@@ -45,7 +46,7 @@ def _root(
     pass
 
 
-for _command in (inspect, plan, apply, recipes, finetune, attend):
+for _command in (inspect, plan, apply, recipes, finetune, attend, convert):
     app.command()(reporting_errors(_command))
 
 

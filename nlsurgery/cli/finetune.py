@@ -18,7 +18,6 @@ class Task(str, Enum):
     """What is learnt."""
 
     classify = "classify"
-    detect = "detect"
 
 
 class Amp(str, Enum):
@@ -76,7 +75,7 @@ def finetune(
             DATA,
             "--data",
             "A folder of classes of images or videos (or train/ and val/), a timm "
-            "dataset such as torch/cifar10, or a COCO folder to detect in.",
+            "dataset such as torch/cifar10.",
         ),
     ] = None,
     task: Annotated[Task | None, _option(DATA, "--task", "What is learnt. [classify]")] = None,

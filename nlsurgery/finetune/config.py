@@ -26,14 +26,13 @@ class FinetuneConfig(BaseModel):
     """A fine-tuning run.
 
     Attributes:
-        task: ``classify`` (images, or clips where the files are videos) or ``detect`` (COCO json).
+        task: ``classify`` (images, or clips where the files are videos).
         model: ``timm/NAME``, ``torchvision/NAME`` or a bare name.
         checkpoint: A checkpoint of the original model, ``demo`` for the packaged weights, or None.
         pretrained: Download the library's own weights.
         recipe: Packaged name, path or mapping.
         data: ``demo``, a folder of classes (or with ``train`` and ``val``), or a timm dataset name
-            such as ``torch/cifar10``; for ``detect`` a folder with ``train`` and ``val`` images and
-            ``annotations/train.json`` and ``val.json``.
+            such as ``torch/cifar10``.
         data_root: Root folder of a timm dataset.
         data_download: Let a timm dataset download itself.
         epochs: Passes over the training set.
@@ -70,7 +69,7 @@ class FinetuneConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    task: Literal["classify", "detect"] = "classify"
+    task: Literal["classify"] = "classify"
     model: str
     checkpoint: str | None = None
     pretrained: bool = False

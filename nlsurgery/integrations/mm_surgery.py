@@ -36,6 +36,7 @@ def build_surgery(
     freeze_backbone: bool = False,
     norm_eval: bool = False,
     init_cfg: InitCfg | None = None,
+    pretrained: str | None = None,
     data_preprocessor: Mapping[str, Any] | nn.Module | None = None,
 ) -> nn.Module:
     """Build a model from a config and insert the blocks of a recipe.
@@ -57,6 +58,8 @@ def build_surgery(
             the paper's COCO models have no normalisation in their blocks. By default it learns its
             statistics, also where ``norm_eval=True`` of the model freezes those of the backbone.
         init_cfg: Initialisers for the whole, ``Pretrained`` for example, beside those in ``model``.
+        pretrained: A checkpoint, the same as an ``init_cfg`` of type ``Pretrained``; mmsegmentation puts
+            it here.
         data_preprocessor: Handed on to a whole model; the Runner puts it here.
 
     Returns:
@@ -72,6 +75,8 @@ def build_surgery(
     carrier = _carrier(built)
     state = SurgeryState(frozen=freeze_backbone, norm_eval=norm_eval)
     outer = _as_list(init_cfg)
+    if pretrained is not None:
+        outer.append({"type": "Pretrained", "checkpoint": pretrained})
     if carrier is built:
         state.init_cfg = outer
     make_operated(carrier, state)

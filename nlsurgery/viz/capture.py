@@ -81,7 +81,7 @@ def capture_attention(
     blocks = nlsurgery.inserted_blocks(model)
     if not blocks:
         raise DataError("the model has no inserted block to look at; apply a recipe first")
-    _refuse_video(model, blocks)
+    _refuse_video(model)
     found: dict[str, AttentionRows | Skipped] = {}
 
     def hook_for(fqn: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
@@ -181,12 +181,13 @@ def _key_stride(num_keys: int, size: tuple[int, int]) -> tuple[int, int] | None:
     return None
 
 
-def _refuse_video(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
-    for fqn in blocks:
-        layout = getattr(model.get_submodule(fqn.rpartition(".")[0]), "layout", None)
-        if getattr(layout, "dims", 2) == 3:
+def _refuse_video(model: nn.Module) -> None:
+    import nlsurgery
+
+    for row in nlsurgery.report(model).insertions:
+        if len(row.feature_size) == 3:
             raise DataError(
-                f"{fqn} looks at video clips; attention is drawn for image models only, so far"
+                f"{row.fqn} looks at video clips; attention is drawn for image models only, so far"
             )
 
 

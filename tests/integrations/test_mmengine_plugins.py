@@ -18,7 +18,8 @@ from nlsurgery.integrations.mm_plugins import Stack, layer_name
 from tests.integrations.mm_models import assert_same
 
 SHAPE = (2, 16, 6, 5)
-OPTIONS: dict[str, dict[str, object]] = {}
+#: Options that a block type cannot do without.
+OPTIONS: dict[str, dict[str, object]] = {"timm": {"name": "eca"}}
 
 
 @pytest.fixture(params=sorted(BLOCK_TYPES))

@@ -7,7 +7,6 @@ import logging
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +42,12 @@ SECOND = {
 
 
 @pytest.fixture(autouse=True)
-def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     """mmengine's logger, quiet on the terminal and readable by tests."""
     logger = MMLogger("tests", log_level="INFO")
     logger.handlers = [caplog.handler]
     MMLogger._instance_dict["tests"] = logger
-    yield caplog
-    del MMLogger._instance_dict["tests"]
+    return caplog
 
 
 def plain_state(model: nn.Module) -> dict[str, Any]:
@@ -168,7 +166,7 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", ["plain", "operated"])
-@pytest.mark.parametrize("place", ["inner", "outer", "load_from", "load_then_init"])
+@pytest.mark.parametrize("place", ["inner", "outer", "pretrained", "load_from", "load_then_init"])
 def test_checkpoints_load_whole(files: dict[str, str], kind: str, place: str) -> None:
     cfg = {"type": "Pretrained", "checkpoint": files[kind]}
     options: dict[str, Any] = {}
@@ -176,6 +174,8 @@ def test_checkpoints_load_whole(files: dict[str, str], kind: str, place: str) ->
         options = {"inner": {"init_cfg": cfg}}
     elif place == "outer":
         options = {"init_cfg": cfg}
+    elif place == "pretrained":
+        options = {"pretrained": files[kind]}
     model = MODELS.build(backbone(**options))
     if place == "load_then_init":
         load_checkpoint(model, files[kind], logger="current")
