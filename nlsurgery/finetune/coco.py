@@ -6,7 +6,8 @@ import contextlib
 import io
 import json
 import random
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,14 @@ def import_coco() -> Any:
             f"--task detect needs pycocotools, which is not installed: {_INSTALL}"
         ) from None
     return pycocotools
+
+
+@contextlib.contextmanager
+def _quiet_coco() -> Iterator[None]:
+    """Silence pycocotools: its printed tables, and its arrays of before numpy 2."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.filterwarnings("ignore", message="__array__ implementation doesn't accept a copy")
+        yield
 
 
 def read_part(root: Path, part: str) -> CocoPart:
@@ -206,7 +215,8 @@ def _mask(row: dict[str, Any], size: tuple[int, int], file: Path) -> np.ndarray:
         encoded = coco.mask.frPyObjects(segmentation, *size)
     else:
         encoded = segmentation
-    mask: np.ndarray = coco.mask.decode(encoded)
+    with _quiet_coco():
+        mask: np.ndarray = coco.mask.decode(encoded)
     return mask
 
 
@@ -253,7 +263,7 @@ class CocoScores(BaseMetric):
         """Average precision in percent: over IoU 0.5 to 0.95, and at 0.5 for boxes."""
         found = [row for rows in results for row in rows]
         scores = {}
-        with contextlib.redirect_stdout(io.StringIO()):
+        with _quiet_coco():
             truth = self.coco.coco.COCO(str(self.part.file))
             truth.dataset.setdefault("info", {})
             guesses = truth.loadRes(found) if found else None
