@@ -7,8 +7,10 @@ import os
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
-    torch.set_num_threads(1)
+# One thread here and in every process a test starts: the workers share the cores, and runs that are
+# compared to the last bit must sum in the same order.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
