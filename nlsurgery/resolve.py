@@ -165,7 +165,7 @@ def _point(
         guard, call = block, tree.by_fqn[f"{block}.{at}"]
     branch = stage.branch if entry.branch is None else entry.branch
     feature, path = _feature_at(tree, call, branch, where)
-    host, owner = (call.fqn, None) if guard is not None else _host(tree, call)
+    host, owner = _host(tree, call)
     _check_calls(tree, host, where)
     if not entry.allow_dead:
         _check_live(tree, call, path, where)
@@ -316,17 +316,18 @@ def _before_add(tree: CallTree, block: Call, main: Sequence[Call]) -> Call | Non
     add = _last_addition(tree, block)
     if add is None:
         return None
-    last = max((kid.index for kid in main), default=block.index)
+    convolutions = [kid.end for kid in main if _is_convolution(tree, kid)]
     prefix = block.fqn + "."
     inside = [kid for kid in tree.trace.calls if kid.fqn.startswith(prefix)]
-    side = {kid.index for kid in _leaves(tree, block)} - {kid.index for kid in main}
+    kept = {kid.index for kid in main}
+    side = {tree.node_of(kid) for kid in _leaves(tree, block) if kid.index not in kept}
     ends = [
         kid
         for kid in inside
         if tree.node_of(kid) in tree.trace.nodes[add].preds
         and tree.is_single(kid)
-        and kid.index not in side
-        and kid.end > tree.trace.calls[last].end - 1
+        and tree.node_of(kid) not in side
+        and kid.end >= max(convolutions, default=0)
     ]
     weighted = [kid for kid in ends if any(True for _ in tree.modules[kid.fqn].parameters())]
     return weighted[-1] if weighted else ends[-1] if ends else None

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from nlsurgery.dilation import refinement
 from nlsurgery.probe import Call
 from nlsurgery.shapes import Feature
 from nlsurgery.tree import CallTree, feature_info, is_dead, iterates_children
@@ -553,11 +554,16 @@ def _place_in_network(tree: CallTree, group: _Group, feature: Feature) -> int:
 
 
 def _dilation(module: nn.Module) -> int:
-    """The dilation of most spatial convolutions in a module, 1 when it is no power of two."""
-    dilations = [
-        max(conv.dilation)
+    """By how much a module's map is finer than its place: the dilation of most spatial convolutions.
+
+    1 when it is no power of two. Where surgery dilated the module, what it changed tells exactly.
+    """
+    convolutions = [
+        conv
         for conv in module.modules()
         if isinstance(conv, nn.Conv2d | nn.Conv3d) and max(conv.kernel_size) > 1
     ]
-    value = max(sorted(set(dilations)), key=dilations.count, default=1)
+    known = [factor for conv in convolutions if (factor := refinement(conv)) is not None]
+    dilations = [max(conv.dilation) for conv in convolutions]
+    value = max(known) if known else max(sorted(set(dilations)), key=dilations.count, default=1)
     return value if value & (value - 1) == 0 else 1
