@@ -18,6 +18,7 @@ class Task(str, Enum):
     """What is learnt."""
 
     classify = "classify"
+    detect = "detect"
 
 
 class Amp(str, Enum):
@@ -75,7 +76,7 @@ def finetune(
             DATA,
             "--data",
             "A folder of classes of images or videos (or train/ and val/), a timm "
-            "dataset such as torch/cifar10.",
+            "dataset such as torch/cifar10, or a COCO folder to detect in.",
         ),
     ] = None,
     task: Annotated[Task | None, _option(DATA, "--task", "What is learnt. [classify]")] = None,

@@ -26,13 +26,14 @@ class FinetuneConfig(BaseModel):
     """A fine-tuning run.
 
     Attributes:
-        task: ``classify`` (images, or clips where the files are videos).
+        task: ``classify`` (images, or clips where the files are videos) or ``detect`` (COCO json).
         model: ``timm/NAME``, ``torchvision/NAME`` or a bare name.
         checkpoint: A checkpoint of the original model, ``demo`` for the packaged weights, or None.
         pretrained: Download the library's own weights.
         recipe: Packaged name, path or mapping.
         data: ``demo``, a folder of classes (or with ``train`` and ``val``), or a timm dataset name
-            such as ``torch/cifar10``.
+            such as ``torch/cifar10``; for ``detect`` a folder with ``train`` and ``val`` images and
+            ``annotations/train.json`` and ``val.json``.
         data_root: Root folder of a timm dataset.
         data_download: Let a timm dataset download itself.
         epochs: Passes over the training set.
@@ -69,7 +70,7 @@ class FinetuneConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
-    task: Literal["classify"] = "classify"
+    task: Literal["classify", "detect"] = "classify"
     model: str
     checkpoint: str | None = None
     pretrained: bool = False

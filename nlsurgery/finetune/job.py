@@ -55,6 +55,10 @@ def make_job(config: FinetuneConfig) -> Job:
     Raises:
         SurgeryError: Bad model, checkpoint or data.
     """
+    if config.task == "detect":
+        from nlsurgery.finetune.detect import detection_job
+
+        return detection_job(config)
     from nlsurgery.finetune.classify import classification_job
 
     return classification_job(config)
