@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -138,6 +139,11 @@ def prepare(config: FinetuneConfig, device: torch.device, say: Say) -> Operated:
         SurgeryError: Something in the run's input is wrong.
     """
     check_precision(config, device)
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise SurgeryError(
+            "--tensorboard needs TensorBoard, which is not installed: "
+            "pip install 'nlsurgery[tensorboard]'"
+        )
     check_folder(Path(config.work_dir))
     job = make_job(config)
     network = share_norms(job.network, device).to(device)

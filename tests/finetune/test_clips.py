@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 
@@ -21,8 +22,6 @@ from nlsurgery.finetune.clips import (
 )
 from nlsurgery.integrations.hub import create_model
 from tests.finetune.conftest import finetune, run_values
-
-av = pytest.importorskip("av")
 
 
 def write_video(path: Path, frames: int = 12, size: int = 48, rightwards: bool = True) -> None:

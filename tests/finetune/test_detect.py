@@ -17,8 +17,6 @@ from nlsurgery.finetune.coco import CocoSamples, CocoScores, read_part
 from nlsurgery.integrations.hub import create_model
 from tests.finetune.conftest import finetune, run_values
 
-pytest.importorskip("pycocotools")
-
 SIZE = 64
 
 

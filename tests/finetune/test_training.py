@@ -79,9 +79,8 @@ def test_early_stop_ends_a_run_and_its_continuation(values: dict[str, Any]) -> N
 
 
 def test_tensorboard_files_hold_losses_scores_and_gates(values: dict[str, Any]) -> None:
-    event_accumulator = pytest.importorskip(
-        "tensorboard.backend.event_processing.event_accumulator"
-    )
+    from tensorboard.backend.event_processing import event_accumulator
+
     result, _ = finetune(values, tensorboard=True)
     files = list((result.work_dir / "tensorboard").rglob("events.out.*"))
     assert len(files) == 1
