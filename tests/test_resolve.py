@@ -84,8 +84,8 @@ def test_sync_batchnorm_conversion_keeps_the_block(name: str, entry: dict[str, A
     model, image, before = operated(trained_looking(timm.create_model(name)).eval(), **entry)
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(model).eval()
     with torch.no_grad():
-        # The block's own norm is converted too, and then no longer folds into its projection in eval.
-    torch.testing.assert_close(converted(image), before, rtol=1e-4, atol=1e-4)
+        # The inserted norm is converted too, and then no longer folds into its projection.
+        torch.testing.assert_close(converted(image), before, rtol=1e-4, atol=1e-4)
     nlsurgery.verify(converted, input_size=(64, 64))
 
 
