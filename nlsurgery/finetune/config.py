@@ -157,7 +157,7 @@ def demo_values() -> dict[str, Any]:
         "data": DEMO,
         "epochs": 2,
         "batch_size": 32,
-        "lr": 0.02,
+        "lr": 0.01,
         "inserted_lr_mult": 2.0,
         "augment": "light",
         "image_size": 64,
