@@ -1,141 +1,145 @@
-"""quick sweep (first draft)"""
+"""Try the surgery on every model of timm and torchvision, and write docs/coverage.md.
+
+    python benchmarks/coverage.py --sample family --level tools --rows rows.jsonl
+    python benchmarks/coverage.py --sample tenth --seed $(git rev-parse HEAD)
+    python benchmarks/coverage.py --rows rows.jsonl --table docs/coverage.md --sample none
+
+Rows are appended as they are made, one JSON object a line, and models that have one are left out: a sweep
+can be stopped and taken up again. Exits with 1 when a model does not hold a column.
+"""
 
 from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import json
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import nlsurgery
-from benchmarks.coverage_models import all_models, build, select
+from benchmarks.coverage_checks import check_graph, check_run, check_tools
+from benchmarks.coverage_models import Entry, all_models, select
+from benchmarks.coverage_table import failures, table
 
-DEPTHS = [0.3, 0.4, 0.5, 0.6, 0.75]
-
-
-def depth_recipe(anatomy):
-    n = [len(s.blocks) for s in anatomy.stages]
-    block = {"type": "non_local", "reduction": 2, "sub_sample": False, "norm": "bn"}
-    names = {a: s for s in anatomy.stages for a in s.aliases}
-    if (
-        "res3" in names
-        and "res4" in names
-        and len(names["res3"].blocks) >= 4
-        and len(names["res4"].blocks) >= 6
-    ):
-        return "five", {
-            "version": 1,
-            "inserts": [
-                {"stage": "res3", "after": [1, 3], "block": block},
-                {"stage": "res4", "after": [1, 3, 5], "block": block},
-            ],
-        }
-    ins = []
-    if len(n) >= 3:
-        ins = [
-            {"stage": -3, "after": {"depth": [0.5]}, "block": block},
-            {"stage": -2, "after": {"depth": [0.5, 1.0] if n[-2] > 1 else [1.0]}, "block": block},
-        ]
-    else:
-        k = max(range(len(n)), key=lambda i: n[i])
-        fr = sorted({max(1, int(n[k] * d)) for d in DEPTHS})
-        ins = [{"stage": anatomy.stages[k].name, "after": [f - 1 for f in fr], "block": block}]
-    return "depth", {"version": 1, "inserts": ins}
+LEVELS = ("graph", "run", "tools")
+#: In a drawn sample, models of at most so many parameters are also run with weights.
+SMALL = 30_000_000
 
 
-class TO(Exception):
-    pass
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError after some seconds."""
 
+    def stop(*_: object) -> None:
+        raise TimeoutError(f"took longer than {seconds} s")
 
-def alarm(*a):
-    raise TO()
-
-
-def info(model):
-    fi = getattr(model, "feature_info", None)
-    e = getattr(fi, "info", fi)
-    return (
-        [(d.get("module"), d.get("num_chs"), d.get("reduction")) for d in e]
-        if isinstance(e, (list, tuple))
-        else None
-    )
-
-
-def one(entry, limit):
-    row = {"spec": entry.spec, "family": entry.family}
-    signal.signal(signal.SIGALRM, alarm)
-    signal.alarm(limit)
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
     try:
-        t = time.time()
-        m = build(entry)
-        row["build_s"] = round(time.time() - t, 3)
-        row["class"] = type(m).__module__ + "." + type(m).__name__
-        row["params"] = sum(p.numel() for p in m.parameters())
-        row["info"] = info(m)
-        t = time.time()
-        a = nlsurgery.inspect(m)
-        row["inspect_s"] = round(time.time() - t, 3)
-        row["input"] = a.input_size
-        row["second"] = a.tree.probe.second is not None
-        row["prefix"] = a.tree.probe.prefix
-        row["stages"] = [
-            (
-                s.name,
-                s.fqn,
-                s.num_chs,
-                s.reduction,
-                s.layout,
-                s.feature_size,
-                len(s.blocks),
-                [x for x in s.aliases if x.startswith("res")],
-            )
-            for s in a.stages
-        ]
-        kind, r = depth_recipe(a)
-        row["kind"] = kind
-        t = time.time()
-        p = nlsurgery.plan(m, r)
-        row["plan_s"] = round(time.time() - t, 3)
-        row["hosts"] = [i.fqn for i in p.insertions]
-        row["ok"] = True
-    except TO:
-        row["error"] = "timeout"
-    except Exception as e:
-        row["error"] = f"{type(e).__name__}: {e}"[:600]
+        yield
     finally:
         signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def try_model(entry: Entry, level: str, limit: int, most_params: int | None) -> dict[str, Any]:
+    """Fill one row of the table."""
+    row: dict[str, Any] = {"spec": entry.spec, "family": entry.family, "level": level}
+    try:
+        with time_limit(limit):
+            row |= check_graph(entry)
+            if most_params is not None and row["params"] > most_params:
+                row["level"] = "graph"
+                return row
+            if level in ("run", "tools"):
+                row |= check_run(entry, row)
+            if level == "tools":
+                row |= check_tools(entry, row)
+    except Exception as error:
+        where = "plan" not in row
+        text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        row |= {"error": text} if where else {"identity": row.get("identity", f"no: {text}")}
     return row
 
 
-if __name__ == "__main__":
-    ap = argparse.ArgumentParser()
-    ap.add_argument("--sample", default="family")
-    ap.add_argument("--pattern", default="*")
-    ap.add_argument("--out", default="/tmp/cover.jsonl")
-    ap.add_argument("--part", default="0/1")
-    a = ap.parse_args()
-    torch.set_num_threads(1)
-    done = set()
-    if os.path.exists(a.out):
-        done = {json.loads(l)["spec"] for l in open(a.out)}
-    i, n = map(int, a.part.split("/"))
-    import hashlib
+def read_rows(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Rows by model; of several for one model, the one of the highest level."""
+    rows: dict[str, dict[str, Any]] = {}
+    if path is None or not path.exists():
+        return rows
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        old = rows.get(row["spec"])
+        if old is None or LEVELS.index(row["level"]) >= LEVELS.index(old["level"]):
+            rows[row["spec"]] = row
+    return rows
 
-    todo = sorted(
-        select(all_models(), a.sample, pattern=a.pattern),
-        key=lambda e: hashlib.md5(e.spec.encode()).digest(),
-    )[i::n]
-    with open(a.out, "a") as f:
-        for e in todo:
-            if e.spec in done:
-                continue
-            f.write(json.dumps(one(e, 120)) + "\n")
-            f.flush()
-            gc.collect()
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--sample", default="all", choices=["all", "family", "tenth", "none"])
+    parser.add_argument(
+        "--seed", default="", help="draws the tenth: any text, such as a commit's hash"
+    )
+    parser.add_argument("--pattern", default="*", help="only models whose library/name matches")
+    parser.add_argument("--level", default=None, choices=LEVELS)
+    parser.add_argument("--limit", type=int, default=240, help="seconds a model may take")
+    parser.add_argument("--rows", type=Path, help="JSON lines to append to and resume from")
+    parser.add_argument("--table", type=Path, help="write the Markdown page here")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Run the sweep. Returns the exit code."""
+    options = _arguments()
+    started = time.monotonic()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    entries = all_models()
+    rows = read_rows(options.rows)
+    drawn = options.sample == "tenth"
+    level = options.level or ("run" if drawn else "graph")
+    params = {spec: row["params"] for spec, row in rows.items() if "params" in row}
+    chosen = []
+    if options.sample != "none":
+        chosen = select(entries, options.sample, options.seed, options.pattern, params)
+    chosen.sort(key=lambda entry: hashlib.sha256(entry.spec.encode()).digest())
+    tried = []
+    for entry in chosen:
+        old = rows.get(entry.spec)
+        if old is not None and LEVELS.index(old["level"]) >= LEVELS.index(level):
+            tried.append(old)
+            continue
+        deeper = drawn and hashlib.sha256(entry.spec.encode()).digest()[0] < 26
+        row = try_model(
+            entry, "tools" if deeper else level, options.limit, SMALL if drawn else None
+        )
+        rows[entry.spec] = row
+        tried.append(row)
+        for problem in failures(row):
+            print(f"FAILED {entry.spec} - {problem}", flush=True)
+        if options.rows is not None:
+            with options.rows.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        gc.collect()
+    if options.table is not None:
+        totals = {lib: sum(e.library == lib for e in entries) for lib in ("timm", "torchvision")}
+        options.table.write_text(table(list(rows.values()), totals))
+    failed = sum(bool(failures(row)) for row in tried)
+    passed = f"{len(tried) - failed} passed"
+    counts = f"{failed} failed, {passed}" if failed else passed
+    print(f"==== {counts} in {time.monotonic() - started:.2f}s ====")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,7 +64,7 @@ def build(entry: Entry, *, meta: bool = True, **options: Any) -> nn.Module:
                 with torch.device("meta"):
                     return _create(entry, options).eval()
             except (RuntimeError, NotImplementedError):
-                pass
+                pass  # some initialisers need numbers: built with weights below
         return _create(entry, options).eval()
 
 
@@ -86,19 +86,26 @@ def _create(entry: Entry, options: dict[str, Any]) -> nn.Module:
 
 
 def select(
-    entries: Sequence[Entry], sample: str, seed: str = "", pattern: str = "*"
+    entries: Sequence[Entry],
+    sample: str,
+    seed: str = "",
+    pattern: str = "*",
+    params: Mapping[str, int] | None = None,
 ) -> list[Entry]:
     """Draw a sample.
 
     Args:
         entries: All models.
-        sample: ``all``; ``family``: the first of every family; ``tenth``: those whose hash with
+        sample: ``all``; ``family``: the smallest known of every family; ``tenth``: those whose hash with
             ``seed`` ends in one residue of ten, so that each seed draws another tenth.
         seed: Any text, such as a commit's hash.
         pattern: Only models whose ``library/name`` matches this glob.
+        params: Parameter counts by ``library/name``, as far as known.
     """
     chosen = [entry for entry in entries if fnmatch.fnmatch(entry.spec, pattern)]
     if sample == "family":
+        sizes = params or {}
+        chosen.sort(key=lambda entry: sizes.get(entry.spec, 1 << 62))
         return list(_first_of_each_family(chosen))
     if sample == "tenth":
         return [entry for entry in chosen if _residue(f"{seed}:{entry.spec}") == 0]

@@ -188,6 +188,15 @@ def undo_dilation(model: nn.Module) -> None:
     model.__dict__.pop(STRIDE_NAME, None)
 
 
+def refinement(conv: nn.Conv2d | nn.Conv3d) -> int | None:
+    """By how much surgery made a convolution's output finer than it was, None when it did not."""
+    original = conv.__dict__.get(ORIGINAL_NAME)
+    if original is None:
+        return None
+    wider = max(conv.dilation) // max(original["dilation"])
+    return int(wider * max(original["stride"]) // max(conv.stride))
+
+
 def output_stride_of(model: nn.Module) -> int | None:
     """The output stride that surgery brought a model to, None when it did not."""
     value = model.__dict__.get(STRIDE_NAME)

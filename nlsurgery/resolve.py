@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from nlsurgery.errors import ModelError, SelectorError, close_names
 from nlsurgery.probe import Call
@@ -17,7 +17,7 @@ from nlsurgery.shapes import Feature
 from nlsurgery.sites import Site, find_hook
 from nlsurgery.stages import Anatomy, Stage, stage_at
 from nlsurgery.tree import CallTree, is_dead, iterates_children
-from nlsurgery.walk import CHILD_NAME, OutputPath
+from nlsurgery.walk import CHILD_NAME, OutputPath, parent_fqn
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +165,25 @@ def _point(
         guard, call = block, tree.by_fqn[f"{block}.{at}"]
     branch = stage.branch if entry.branch is None else entry.branch
     feature, path = _feature_at(tree, call, branch, where)
-    host, owner = (call.fqn, None) if guard is not None else _host(tree, call)
+    host, owner = _host(tree, call)
     _check_calls(tree, host, where)
     if not entry.allow_dead:
         _check_live(tree, call, path, where)
+    if guard is None and not tree.modules[host]._modules:
+        guard = _guardian(tree, host)
     site = Site(host, owner, guard, feature.layout, path)
     return InsertionPoint(where, entry, stage.name, block, at, site, feature)
+
+
+def _guardian(tree: CallTree, host: str) -> str | None:
+    """The nearest module around a bare layer that is called: it sees to it that the layer keeps its hook.
+
+    Fusing and SyncBatchNorm conversion replace bare layers (ReLU, BatchNorm), not what is around them.
+    """
+    around = parent_fqn(host)
+    while around and tree.counts.get(around, 0) != 1:
+        around = parent_fqn(around)
+    return around if around != host else None
 
 
 def _feature_at(
@@ -227,32 +240,112 @@ def _inner_path(tree: CallTree, block: str, entry: InsertEntry, where: str) -> s
 def _roles(tree: CallTree, block: str) -> Iterator[tuple[str, str]]:
     """Places by role: ``after_conv<k>`` and ``before_add``, on the block's main branch.
 
-    ``after_conv<k>`` is behind the k-th convolution and the normalisation and activation that follow it.
+    ``after_conv<k>`` is behind the k-th convolution and the normalisation that follows it, before the
+    activation (many networks share one activation module, which can host nothing). ``before_add`` is the
+    last place of the main branch before the shortcut is added.
     """
     call = tree.by_fqn[block]
-    start = set(call.inputs)
-    chains: list[list[str]] = []
+    main = _main_branch(tree, call)
+    number = 0
+    after: dict[int, Call] = {}
     node: int | None = None
-    for kid in _leaves(tree, call):
-        weight = getattr(tree.modules[kid.fqn], "weight", None)
-        is_conv = weight is not None and weight.dim() > 2
-        if is_conv and chains and start & set(kid.inputs):
-            node = None  # the shortcut's projection starts from the block's input as well
-        elif is_conv:
-            chains.append([kid.fqn])
-            node = tree.node_of(kid)
-        elif node is not None and kid.inputs == (node,) and tree.is_single(kid):
-            chains[-1].append(kid.fqn)
-            node = tree.node_of(kid)
-        elif node is not None and kid.inputs == (node,):
+    for kid in main:
+        if _is_convolution(tree, kid):
+            number += 1
+            after[number] = kid
+        elif node is None or kid.inputs != (node,) or not _is_norm(tree, kid):
             node = None
-    for number, chain in enumerate(chains, start=1):
-        yield f"after_conv{number}", chain[-1].removeprefix(block + ".")
-    if chains:
-        end = tree.node_of(call)
-        last = [fqn for fqn in chains[-1] if tree.node_of(tree.by_fqn[fqn]) != end]
-        if last:
-            yield "before_add", last[-1].removeprefix(block + ".")
+            continue
+        else:
+            after[number] = kid
+        node = tree.node_of(kid)
+    for k, kid in after.items():
+        yield f"after_conv{k}", kid.fqn.removeprefix(block + ".")
+    last = _before_add(tree, call, main)
+    if last is not None:
+        yield "before_add", last.fqn.removeprefix(block + ".")
+
+
+def _main_branch(tree: CallTree, block: Call) -> list[Call]:
+    """The layers of a residual block but those of its shortcut, in the order they run.
+
+    The shortcut is what reaches the last addition through fewer convolutions than the longest chain.
+    """
+    start = set(block.inputs)
+    leaves = [kid for kid in _leaves(tree, block) if tree.node_of(kid) not in start]
+    add = _last_addition(tree, block)
+    if add is None:
+        return leaves
+    depth = _depths(tree, start, add)
+    preds = tree.trace.nodes[add].preds
+    deepest = max((depth.get(pred, 0) for pred in preds), default=0)
+    main = {pred for pred in preds if depth.get(pred, 0) == deepest}
+    shortcut: set[int] = set()
+    queue = [pred for pred in preds if pred not in main]
+    while queue:
+        node = queue.pop()
+        if node in depth and node not in start and node not in shortcut:
+            shortcut.add(node)
+            queue += tree.trace.nodes[node].preds
+    return [kid for kid in leaves if tree.node_of(kid) not in shortcut]
+
+
+def _depths(tree: CallTree, start: set[int], end: int) -> dict[int, int]:
+    """For every node between a block's input and its end: most convolutions on a path to it."""
+    depth = dict.fromkeys(start, 0)
+    for node in range(min(start, default=0), end + 1):
+        info = tree.trace.nodes[node]
+        before = [depth[pred] for pred in info.preds if pred in depth]
+        if before and node not in start:
+            depth[node] = max(before) + (info.op == "convolution")
+    return depth
+
+
+def _last_addition(tree: CallTree, block: Call) -> int | None:
+    """The addition that a block ends with, looking back through its activation."""
+    node = tree.node_of(block)
+    while node is not None:
+        info = tree.trace.nodes[node]
+        if info.op.startswith("add") and len(info.preds) == 2:
+            return node
+        node = info.preds[0] if len(info.preds) == 1 else None
+    return None
+
+
+def _before_add(tree: CallTree, block: Call, main: Sequence[Call]) -> Call | None:
+    add = _last_addition(tree, block)
+    if add is None:
+        return None
+    convolutions = [kid.end for kid in main if _is_convolution(tree, kid)]
+    prefix = block.fqn + "."
+    inside = [kid for kid in tree.trace.calls if kid.fqn.startswith(prefix)]
+    kept = {kid.index for kid in main}
+    side = {tree.node_of(kid) for kid in _leaves(tree, block) if kid.index not in kept}
+    ends = [
+        kid
+        for kid in inside
+        if tree.node_of(kid) in tree.trace.nodes[add].preds
+        and tree.is_single(kid)
+        and tree.node_of(kid) not in side
+        and kid.end >= max(convolutions, default=0)
+    ]
+    weighted = [kid for kid in ends if any(True for _ in tree.modules[kid.fqn].parameters())]
+    return weighted[-1] if weighted else ends[-1] if ends else None
+
+
+def _is_convolution(tree: CallTree, call: Call) -> bool:
+    """Whether a layer convolves a feature map; a gate's convolution of pooled channels does not."""
+    weight = getattr(tree.modules[call.fqn], "weight", None)
+    if not isinstance(weight, Tensor) or weight.dim() < 3:
+        return False
+    return any(math.prod(out.shape[2:]) > 1 for out in call.outputs)
+
+
+def _is_norm(tree: CallTree, call: Call) -> bool:
+    """Whether a layer keeps per-channel numbers: what an activation or a dropout does not."""
+    module = tree.modules[call.fqn]
+    tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return bool(tensors) and all(t.dim() <= 1 for t in tensors)
 
 
 def _leaves(tree: CallTree, call: Call) -> Iterator[Call]:

@@ -234,9 +234,12 @@ def _same_stride(size: Shape, inputs: Shape) -> bool:
 def _tokens_from_one(
     first: Shape, inputs: Shape, sizes: Shape | None, hints: Hints
 ) -> Feature | None:
-    axes: tuple[int, ...] = (1, 2)
-    if (first[2] in hints.num_chs) != (first[1] in hints.num_chs):
-        axes = (1,) if first[2] in hints.num_chs else (2,)
+    declared_last = first[2] in hints.num_chs
+    channels_first = first[1] in hints.num_chs and not declared_last and first[1] > 1
+    axes: tuple[int, ...] = (2,) if channels_first else (1,)
+    squares = [any(True for _ in _grids(first[axis], inputs)) for axis in (1, 2)]
+    if sizes is None and not declared_last and not channels_first and all(squares):
+        return None  # both axes could be the grid, and the model says nothing
     known = () if hints.num_prefix_tokens is None else (hints.num_prefix_tokens,)
     for axis in axes:
         length = first[axis]

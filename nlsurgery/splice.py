@@ -135,6 +135,17 @@ def keep_inner_hooks(module: nn.Module, args: Any) -> None:
         _hook(host)
 
 
+def lost_places(model: nn.Module) -> list[str]:
+    """Paths of modules that held inserted blocks and were replaced, as fusing does."""
+    lost = []
+    for fqn, module in model.named_modules():
+        for path in module.__dict__.get(INNER_NAME, ()):
+            host = _submodule(module, path)
+            if host is None or CHILD_NAME not in host._modules:
+                lost.append(f"{fqn}.{path}" if fqn else path)
+    return lost
+
+
 def _submodule(module: nn.Module, path: str) -> nn.Module | None:
     try:
         return module.get_submodule(path)

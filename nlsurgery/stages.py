@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from nlsurgery.dilation import refinement
 from nlsurgery.probe import Call
 from nlsurgery.shapes import Feature
 from nlsurgery.tree import CallTree, feature_info, is_dead, iterates_children
@@ -187,6 +188,9 @@ def _as_one(tree: CallTree, call: Call, inside: list[_Group]) -> list[_Group]:
     A member with more than two resolutions inside has stages of its own and stays as it is.
     """
     groups = [group for group in inside if not group.plain]
+    trunk = [parent_fqn(u.fqn) for group in groups for u in group.units if tree.is_trunk(u)]
+    if trunk:  # a list with no block on the trunk is a side branch
+        groups = [group for group in groups if parent_fqn(group.units[-1].fqn) in trunk]
     sizes = [_size(tree, group.units[-1]) for group in groups]
     if len(dict.fromkeys(sizes)) > 2:
         return inside
@@ -242,10 +246,16 @@ def _merge(tree: CallTree, groups: list[_Group]) -> Iterator[_Group]:
         yield current
 
 
+def _same_map(tree: CallTree, one: Call, two: Call) -> bool:
+    """Whether two calls return maps of one size, in as many branches."""
+    branches = len(tree.branches(one)) == len(tree.branches(two))
+    return branches and _size(tree, one) == _size(tree, two)
+
+
 def _same_place(tree: CallTree, one: _Group, two: _Group) -> bool:
     """Whether two groups have one resolution, and one dilation where both dilate."""
     first, second = one.units[-1], two.units[-1]
-    if _size(tree, first) != _size(tree, second):
+    if not _same_map(tree, first, second):
         return False
     dilations = {_dilation(tree.modules[unit.fqn]) for unit in (first, second)}
     return len(dilations) == 1
@@ -253,6 +263,7 @@ def _same_place(tree: CallTree, one: _Group, two: _Group) -> bool:
 
 def _prune(tree: CallTree, groups: list[_Group]) -> list[_Group]:
     """Leave out stems, down-samplers and heads: what is no stage of its own."""
+    groups = _going_down(tree, groups)
     owners = {
         (_path_parent(tree, g), _container_kind(tree, g))
         for g in groups
@@ -268,6 +279,19 @@ def _prune(tree: CallTree, groups: list[_Group]) -> list[_Group]:
             continue
         kept.append(group)
     return _without_heads(tree, _without_strays(tree, _joined(tree, kept)))
+
+
+def _going_down(tree: CallTree, groups: list[_Group]) -> list[_Group]:
+    """Cut the groups off where the map gets finer again: decoders, pyramids and heads of branches."""
+    deepest = 0
+    for index, group in enumerate(groups):
+        branches = range(len(tree.branches(group.units[-1])))
+        features = [tree.feature(group.units[-1], branch) for branch in branches]
+        reduction = max((feature.reduction for feature in features if feature), default=deepest)
+        if 2 * reduction <= deepest:
+            return groups[:index]
+        deepest = max(deepest, reduction)
+    return groups
 
 
 def _is_composite(tree: CallTree, group: _Group) -> bool:
@@ -367,7 +391,7 @@ def _leads_into(tree: CallTree, group: _Group, following: _Group) -> bool:
     """Whether a group is the down-sampler of the next: one block, another class, same resolution."""
     if len(group.units) != 1 and not group.plain:
         return False
-    if _size(tree, group.units[-1]) != _size(tree, following.units[-1]):
+    if not _same_map(tree, group.units[-1], following.units[-1]):
         return False
     return group.units[-1].kind not in {unit.kind for unit in following.units}
 
@@ -530,11 +554,16 @@ def _place_in_network(tree: CallTree, group: _Group, feature: Feature) -> int:
 
 
 def _dilation(module: nn.Module) -> int:
-    """The dilation of most spatial convolutions in a module, 1 when it is no power of two."""
-    dilations = [
-        max(conv.dilation)
+    """By how much a module's map is finer than its place: the dilation of most spatial convolutions.
+
+    1 when it is no power of two. Where surgery dilated the module, what it changed tells exactly.
+    """
+    convolutions = [
+        conv
         for conv in module.modules()
         if isinstance(conv, nn.Conv2d | nn.Conv3d) and max(conv.kernel_size) > 1
     ]
-    value = max(sorted(set(dilations)), key=dilations.count, default=1)
+    known = [factor for conv in convolutions if (factor := refinement(conv)) is not None]
+    dilations = [max(conv.dilation) for conv in convolutions]
+    value = max(known) if known else max(sorted(set(dilations)), key=dilations.count, default=1)
     return value if value & (value - 1) == 0 else 1

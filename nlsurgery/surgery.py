@@ -17,7 +17,7 @@ from nlsurgery.probe import meta_copy, probe, run_meta
 from nlsurgery.recipe import Recipe, RecipeLike, load_recipe
 from nlsurgery.reporting import inserted_blocks, require_operated
 from nlsurgery.resolve import check_float
-from nlsurgery.splice import Inserted, hosts, splice, withdraw_all
+from nlsurgery.splice import Inserted, hosts, lost_places, splice, withdraw_all
 from nlsurgery.stages import Anatomy, find_stages
 from nlsurgery.tree import CallTree
 from nlsurgery.walk import check_operable
@@ -198,6 +198,13 @@ def verify(
         ModelError: Nothing is inserted, or the model does not run on such an input.
         VerifyError: A block does not run, runs more than once, or no output depends on it.
     """
+    lost = lost_places(check_operable(model))
+    if lost:
+        raise VerifyError(
+            f"{type(model).__name__}: the blocks at {', '.join(lost)} are gone: the modules that held "
+            f"them were replaced (fused or reparametrised). Fuse first and operate after, or insert "
+            f"at 'output' of the residual block"
+        )
     require_operated(model)
     if input_size is None and example_input is None:
         records = [record for _, _, inserted in hosts(model) for record in inserted.records]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.fx
 from torch import nn
 
 from nlsurgery.errors import ModelError
@@ -31,6 +32,11 @@ def check_operable(model: object) -> nn.Module:
     if isinstance(model, torch.jit.ScriptModule):
         raise ModelError(
             f"{kind} is scripted and cannot take blocks: operate on the original, then script it"
+        )
+    if isinstance(model, torch.fx.GraphModule):
+        raise ModelError(
+            f"{kind} is a traced graph (create_feature_extractor, symbolic_trace) in which the residual "
+            f"blocks are no modules any more: operate on the original model, then extract or trace it"
         )
     if hasattr(model, "_orig_mod"):
         raise ModelError(

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nlsurgery.cli import console
-from nlsurgery.cli.apply import OutOption, OverwriteOption, check_target
+from nlsurgery.cli.apply import OverwriteOption, check_target
 from nlsurgery.cli.options import (
     InputSizeOption,
     JsonOption,
-    NumClassesOption,
     parse_input_size,
 )
 from nlsurgery.errors import CheckpointError
@@ -25,6 +24,10 @@ if TYPE_CHECKING:
 
 InArgument = Annotated[
     Path, typer.Argument(metavar="IN", help="The checkpoint: .pth, .pt, .safetensors, caffe2 .pkl.")
+]
+OutOption = Annotated[
+    Path,
+    typer.Option("--out", metavar="OUT", help="The file to write: .safetensors, .pth, .pt, .pkl."),
 ]
 FromOption = Annotated[
     str,
@@ -78,6 +81,14 @@ RecurrenceOption = Annotated[
 BnEpsOption = Annotated[
     float | None,
     typer.Option("--bn-eps", help="Epsilon of the blocks' BatchNorm, if not 1e-5."),
+]
+NumClassesOption = Annotated[
+    int | None,
+    typer.Option(
+        "--num-classes",
+        min=0,
+        help="Size of the classifier, if not the checkpoint's own; 0: no classifier (timm).",
+    ),
 ]
 PlaceOption = Annotated[
     list[str] | None,

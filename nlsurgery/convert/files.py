@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nlsurgery.checkpoint import METADATA_KEY, atomic_write, read_state_dict
+from nlsurgery.convert.ours import UNTOLD
 from nlsurgery.convert.registry import OURS, layout_named
 from nlsurgery.convert.result import Conversion
 from nlsurgery.errors import CheckpointError
@@ -119,6 +120,8 @@ def saved_options(path: Path) -> dict[str, dict[str, Any]]:
         for entry in step["recipe"]["inserts"]:
             block = dict(entry["block"])
             kind = block.pop("type")
+            told = UNTOLD.get(kind, {})
+            block = told | {name: value for name, value in block.items() if name in told}
             if block not in by_type.setdefault(kind, []):
                 by_type[kind].append(block)
     for kind, options in by_type.items():

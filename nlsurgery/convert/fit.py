@@ -10,13 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from nlsurgery.checkpoint import load_tensors
+from nlsurgery.convert.ours import UNTOLD
 from nlsurgery.convert.pairwise import scale_logits, with_biases
 from nlsurgery.convert.result import BlockSpec, Conversion, Left
 from nlsurgery.errors import CheckpointError
 from nlsurgery.reporting import inserted_blocks
 
-#: Options that decide what a block computes and that its tensors do not hold.
-_OPTIONS = ("mode", "use_scale", "sub_sample", "pool_order", "recurrence")
+#: Options that decide what a block computes and that its tensors do not tell.
+_OPTIONS = tuple(name for options in UNTOLD.values() for name in options)
 
 
 def options_of(block: nn.Module) -> dict[str, Any]:
@@ -65,9 +66,21 @@ def load_converted(model: nn.Module, conversion: Conversion, origin: str) -> Con
             "1×k×k kernels were fitted between 2-D and 3-D: the same function on single frames; a "
             "2-D block attends within each frame"
         )
+    _check_head(own, tensors, origin)
     load_tensors(model, tensors, origin)
     names = {key: conversion.origin.get(key) for key in tensors}
     return replace(conversion, tensors=tensors, origin=names, left=tuple(left), notes=tuple(notes))
+
+
+def _check_head(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Say what to do where all that lacks is the classifier, as in a detector's checkpoint."""
+    missing = [key for key in own if key not in tensors]
+    heads = {key.rpartition(".")[0] for key in missing}
+    if len(heads) == 1 and all(own[key].dim() <= 2 for key in missing):
+        raise CheckpointError(
+            f"{origin} has no classifier ({', '.join(missing)}): build the model without one, which "
+            f"timm does with num_classes=0 (--num-classes 0)"
+        )
 
 
 def _check_places(conversion: Conversion, there: set[str], origin: str) -> None:

@@ -38,8 +38,9 @@ _FORMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "danet:channel": ("gamma", ("gamma",)),
 }
 _INSERTED = re.compile(rf"(?P<fqn>(?:(?P<host>.*)\.)?{CHILD_NAME}\.\d+)\.(?P<local>.+)", re.DOTALL)
-#: Options of our builders that a state_dict does not hold, as they are by default.
-_DEFAULTS: dict[str, dict[str, Any]] = {
+#: Options of our builders that decide what a block computes and that its tensors do not tell, as
+#: they are by default (``mode``: whichever fits the keys).
+UNTOLD: dict[str, dict[str, Any]] = {
     "non_local": {
         "mode": None,
         "use_scale": False,
@@ -136,7 +137,7 @@ def _parts(block: FoundOurs) -> list[FoundOurs]:
 
 
 def block_options(
-    block: FoundOurs, known: Mapping[str, Mapping[str, Any]] | None, choices: Choices
+    block: FoundOurs, known: Mapping[str, Mapping[str, Any]], choices: Choices
 ) -> dict[str, Any]:
     """The options of a block that its keys do not tell.
 
@@ -148,8 +149,8 @@ def block_options(
     Raises:
         CheckpointError: It does.
     """
-    defaults = _DEFAULTS.get(block.type, {})
-    told = dict((known or {}).get(block.prefix, {}))
+    defaults = UNTOLD.get(block.type, {})
+    told = dict(known.get(block.prefix, {}))
     for name, value in choices.given().items():
         if name in defaults and name in told and told[name] != value:
             raise CheckpointError(

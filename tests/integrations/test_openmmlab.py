@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -254,3 +255,43 @@ def test_mmaction_trains() -> None:
         model = MODELS.build(config)
         model.init_weights()
         step(model, {**data, "data_samples": [sample, copy.deepcopy(sample)]})
+
+
+def plugin(name: str, postfix: str) -> dict[str, Any]:
+    return {
+        "cfg": {"type": f"nlsurgery.{name}", "postfix": postfix},
+        "stages": (False, True, False, False),
+        "position": "after_conv3",
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["mmdet", "mmseg"])
+def test_two_plugins_at_one_place(scope: str) -> None:
+    library(scope)
+    plugins = [plugin("NonLocal", "_a"), plugin("SelfAttention", "_b")]
+    model = MODELS.build(
+        {
+            "type": f"{scope}.ResNet",
+            "depth": 50,
+            "plugins": plugins,
+            "init_cfg": [{"type": "Constant", "val": 1, "layer": "_BatchNorm"}],
+        }
+    )
+    model.init_weights()
+    block, x = model.layer2[0].eval(), torch.randn(1, 512, 4, 4)
+    names = block.after_conv3_plugin_names
+    assert names == ["nlsurgery_non_local_a", "nlsurgery_self_attention_b"]
+    assert_same(block.forward_plugin(x, names), x)
+    for name in names:
+        twin = copy.deepcopy(block)
+        nn.init.constant_(getattr(twin, name).gate, 1.0)
+        acts = not torch.equal(twin.forward_plugin(x, names), x)
+        # mmseg 1.2 hands the same input to each and keeps the last one's output.
+        assert acts is (scope == "mmdet" or name == names[-1])
+
+
+def test_docs_list_every_config() -> None:
+    text = (CONFIGS.parent / "docs" / "openmmlab.md").read_text(encoding="utf-8")
+    listed = set(re.findall(r"`(configs/\S+\.py)`", text))
+    assert listed == {str(file.relative_to(CONFIGS.parent)) for file in FILES}

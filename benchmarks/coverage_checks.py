@@ -1,0 +1,248 @@
+"""The columns of the coverage table: what is tried on one model, each answer "yes" or the reason."""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import nlsurgery
+from benchmarks.coverage_models import Entry, build
+from nlsurgery.resolve import resolve
+from nlsurgery.stages import Anatomy
+
+#: Columns that need the graph alone, and columns that need weights and real forwards.
+GRAPH_COLUMNS = ("plan", "recipes", "hints")
+RUN_COLUMNS = ("identity", "keys", "backward", "deepcopy")
+TOOL_COLUMNS = ("compile", "export", "fx", "features_only")
+
+BLOCK = {"type": "non_local", "reduction": 2, "sub_sample": False, "norm": "bn"}
+
+
+def chosen_recipe(anatomy: Anatomy) -> tuple[str, dict[str, Any]]:
+    """The five-block recipe where res3 and res4 are long enough, else its form by depth.
+
+    Returns:
+        ``"five"`` or ``"depth"``, and the recipe.
+    """
+    named = {alias: stage for stage in anatomy.stages for alias in stage.aliases}
+    deep = all(place in named for place in ("res3", "res4"))
+    if deep and len(named["res3"].blocks) > 3 and len(named["res4"].blocks) > 5:
+        return "five", _recipe(("res3", [1, 3]), ("res4", [1, 3, 5]))
+    counts = [len(stage.blocks) for stage in anatomy.stages]
+    names = [stage.name for stage in anatomy.stages]
+    if len(counts) > 2:
+        return "depth", _recipe((names[-3], {"depth": 0.5}), (names[-2], {"depth": 1.0}))
+    longest = max(range(len(counts)), key=counts.__getitem__)
+    fractions = (0.2, 0.35, 0.5, 0.65, 0.8)
+    numbers = sorted({max(0, int(counts[longest] * fraction) - 1) for fraction in fractions})
+    return "depth", _recipe((names[longest], numbers))
+
+
+def _recipe(*places: tuple[str, Any]) -> dict[str, Any]:
+    inserts = [{"stage": stage, "after": after, "block": BLOCK} for stage, after in places]
+    return {"version": 1, "inserts": inserts}
+
+
+def check_graph(entry: Entry) -> dict[str, Any]:
+    """inspect, plan with its rehearsal, which packaged recipes fit, and what the library says itself."""
+    row: dict[str, Any] = {}
+    clock = time.process_time()
+    model = build(entry)
+    row["build_s"] = round(time.process_time() - clock, 3)
+    row["params"] = sum(p.numel() for p in model.parameters())
+    clock = time.process_time()
+    anatomy = nlsurgery.inspect(model)
+    row["inspect_s"] = round(time.process_time() - clock, 3)
+    row["input_size"] = list(anatomy.input_size)
+    row["layout"] = "/".join(dict.fromkeys(stage.layout for stage in anatomy.stages))
+    row["stages"] = [
+        [s.name, s.fqn, s.num_chs, s.reduction, s.layout, len(s.blocks)] for s in anatomy.stages
+    ]
+    row["form"], recipe = chosen_recipe(anatomy)
+    clock = time.process_time()
+    plan = nlsurgery.plan(model, recipe)
+    row["plan_s"] = round(time.process_time() - clock, 3)
+    row["plan"] = "yes"
+    row["blocks"] = len(plan.insertions)
+    row["recipes"] = _fitting(anatomy)
+    row["hints"] = _compare_with_hints(model, anatomy)
+    return row
+
+
+def _fitting(anatomy: Anatomy) -> list[str]:
+    fits = []
+    for name in nlsurgery.list_recipes():
+        recipe = nlsurgery.load_recipe(name)
+        if recipe.output_stride is not None:
+            continue
+        try:
+            resolve(anatomy, recipe)
+        except nlsurgery.RecipeError:
+            continue
+        fits.append(name)
+    return fits
+
+
+def _compare_with_hints(model: nn.Module, anatomy: Anatomy) -> str:
+    """Compare stages with timm's feature_info by (channels, reduction); stems and heads aside."""
+    info = getattr(model, "feature_info", None)
+    entries = getattr(info, "info", info)
+    if not isinstance(entries, list | tuple) or not anatomy.stages:
+        return "none"
+    found = {(stage.num_chs, stage.reduction) for stage in anatomy.stages}
+    lowest = min(reduction for _, reduction in found)
+    missing = [
+        f"{e.get('module')} ({e.get('num_chs')} chs, /{e.get('reduction')})"
+        for e in entries
+        if isinstance(e, dict)
+        and e.get("reduction", 0) >= lowest
+        and (e.get("num_chs"), e.get("reduction")) not in found
+    ]
+    return "yes" if not missing else "differs: " + ", ".join(dict.fromkeys(missing))
+
+
+def check_run(entry: Entry, row: dict[str, Any]) -> dict[str, str]:
+    """Operate on real weights: same bits out, same keys, gradients to each block, copies of their own."""
+    model = randomised(build(entry, meta=False))
+    part, inputs = _inputs(model, row)
+    with torch.no_grad():
+        before = _tensors(part(*inputs))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    _, recipe = chosen_recipe(nlsurgery.inspect(model))
+    nlsurgery.apply(model, recipe)
+    return {
+        "identity": _answer(lambda: _same(before, part, inputs)),
+        "keys": _answer(lambda: _keys_kept(state, model)),
+        "backward": _answer(lambda: nlsurgery.verify(model, gradient=True)),
+        "deepcopy": _answer(lambda: _copy_is_its_own(model, row)),
+    }
+
+
+def check_tools(entry: Entry, row: dict[str, Any]) -> dict[str, str]:
+    """Compile, export and trace the operated model; n/a where the original does not pass either."""
+    answers = {}
+    tools: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], object]] = {
+        "compile": _compile,
+        "export": lambda part, inputs: torch.export.export(part, inputs),
+        "fx": lambda part, _: torch.fx.symbolic_trace(part),
+    }
+    for name, tool in tools.items():
+        answers[name] = _answer(lambda tool=tool: _with_tool(entry, row, tool))
+        if answers[name] != "yes":
+            plain = _answer(lambda tool=tool: _with_tool(entry, row, tool, operate=False))
+            answers[name] = answers[name] if plain == "yes" else f"n/a (original: {plain})"
+    answers["features_only"] = (
+        _answer(lambda: _features_only(entry, row)) if entry.library == "timm" else "n/a"
+    )
+    return answers
+
+
+def randomised(model: nn.Module) -> nn.Module:
+    """Replace zeros that would hide a block: a zero head makes every model equal to every other."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and not parameter.any():
+                parameter.normal_(0, 0.02, generator=generator)
+    return model
+
+
+def _inputs(model: nn.Module, row: dict[str, Any]) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    from nlsurgery.probe import first_input
+
+    torch.manual_seed(0)
+    part, args, _ = first_input(model, row["input_size"], None)
+    return part.run, tuple(t[:1] if t.dim() == 5 else t for t in args)
+
+
+def _tensors(output: object) -> list[Tensor]:
+    from nlsurgery.probe import flatten_output
+
+    return [tensor for _, tensor in flatten_output(output)]
+
+
+def _answer(check: Callable[[], object]) -> str:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            check()
+    except (KeyboardInterrupt, TimeoutError):
+        raise
+    except BaseException as error:
+        lines = str(error).strip().splitlines() or [""]
+        return f"no: {type(error).__name__}: {lines[0][:110]}"
+    return "yes"
+
+
+def _same(before: list[Tensor], part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    with torch.no_grad():
+        after = _tensors(part(*inputs))
+    if len(before) != len(after):
+        raise AssertionError(f"{len(before)} outputs became {len(after)}")
+    for one, two in zip(before, after, strict=True):
+        if not torch.equal(one.nan_to_num(), two.nan_to_num()):
+            raise AssertionError(f"differs by {(one - two).abs().max().item():.2e}")
+
+
+def _keys_kept(state: dict[str, Tensor], model: nn.Module) -> None:
+    after = model.state_dict()
+    lost = [k for k, v in state.items() if k not in after or not torch.equal(after[k], v)]
+    new = set(after) - set(state)
+    if lost or new != set(nlsurgery.report(model).new_keys):
+        raise AssertionError(f"{len(lost)} keys lost or changed, such as {lost[:1]}")
+
+
+def _copy_is_its_own(model: nn.Module, row: dict[str, Any]) -> None:
+    twin = copy.deepcopy(model)
+    part, inputs = _inputs(model, row)
+    twin_part, _ = _inputs(twin, row)
+    with torch.no_grad():
+        before = _tensors(part(*inputs))
+        for block in nlsurgery.inserted_blocks(twin).values():
+            for parameter in block.parameters():
+                parameter.add_(0.1)
+        _same(before, part, inputs)
+        changed = _tensors(twin_part(*inputs))
+    if all(torch.equal(one, two) for one, two in zip(before, changed, strict=True)):
+        raise AssertionError("the copy does not run its own blocks")
+
+
+def _with_tool(
+    entry: Entry,
+    row: dict[str, Any],
+    tool: Callable[[nn.Module, tuple[Tensor, ...]], object],
+    operate: bool = True,
+) -> None:
+    model = randomised(build(entry, meta=False))
+    if operate:
+        nlsurgery.apply(model, chosen_recipe(nlsurgery.inspect(model))[1])
+    part, inputs = _inputs(model, row)
+    torch._dynamo.reset()
+    tool(part, inputs)
+
+
+def _compile(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    with torch.no_grad():
+        expected = _tensors(part(*inputs))
+        compiled = torch.compile(part, backend="eager", fullgraph=True)
+        for one, two in zip(expected, _tensors(compiled(*inputs)), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+def _features_only(entry: Entry, row: dict[str, Any]) -> None:
+    model = randomised(build(entry, meta=False, features_only=True))
+    size = row["input_size"]
+    torch.manual_seed(0)
+    x = torch.randn(2, *size)
+    with torch.no_grad():
+        before = _tensors(model(x))
+    nlsurgery.apply(
+        model, chosen_recipe(nlsurgery.inspect(model, input_size=size))[1], input_size=size
+    )
+    _same(before, model, (x,))

@@ -1,0 +1,111 @@
+"""docs/coverage.md from the rows of the sweep."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.coverage_checks import RUN_COLUMNS, TOOL_COLUMNS
+
+COLUMNS = ("plan", *RUN_COLUMNS, *TOOL_COLUMNS)
+
+
+def failures(row: dict[str, Any]) -> list[str]:
+    """The columns of a row that do not hold, with their reasons."""
+    if "error" in row:
+        return [f"plan: {row['error']}"]
+    return [f"{c}: {row[c]}" for c in COLUMNS if str(row.get(c, "")).startswith("no")]
+
+
+def versions() -> str:
+    """What the sweep ran with."""
+    import timm
+    import torch
+    import torchvision
+
+    import nlsurgery
+
+    return (
+        f"nlsurgery {nlsurgery.__version__}, Python {platform.python_version()}, torch "
+        f"{torch.__version__}, torchvision {torchvision.__version__}, timm {timm.__version__}"
+    )
+
+
+def table(rows: Sequence[dict[str, Any]], totals: dict[str, int]) -> str:
+    """The page as Markdown.
+
+    Args:
+        rows: One a model that was tried.
+        totals: Models in each library.
+    """
+    rows = sorted(rows, key=lambda row: row["spec"])
+    lines = [
+        "# Coverage",
+        "",
+        "Made by `benchmarks/coverage.py`; do not edit. Ran with " + versions() + ".",
+        "",
+        *_summary(rows, totals),
+        "",
+        "A column is *yes*, the reason why not, *n/a* where the original model does not pass either (or "
+        "has no such form), or empty where it was not run. What each column tries:",
+        "",
+        "- **plan**: `inspect`, then `plan` of the five-block recipe (or its form by depth) on a model "
+        "built on the meta device, rehearsal included: every block runs once, shapes stay.",
+        "- **identity**, **keys**, **backward**, **deepcopy**: `apply` on real weights, zero parameters "
+        "made random first; output equal to the last bit, keys and values kept, a gradient at every "
+        "block, copies that run blocks of their own.",
+        "- **compile** (`fullgraph=True`), **export**, **fx**, **features_only**: on the operated model.",
+        "",
+        "To run what is empty: `python benchmarks/coverage.py --level tools --table docs/coverage.md`.",
+        "",
+        "| model | layout | stages (blocks) | recipes that fit | " + " | ".join(COLUMNS) + " |",
+        "|---|---|---|---|" + "---|" * len(COLUMNS),
+    ]
+    lines += [_line(row) for row in rows]
+    lines += ["", "## Where timm's `feature_info` says something else", ""]
+    lines += [
+        f"- `{row['spec']}` {row['hints'].removeprefix('differs: ')}"
+        for row in rows
+        if str(row.get("hints", "")).startswith("differs")
+    ] or ["Nowhere."]
+    return "\n".join(lines) + "\n"
+
+
+def _summary(rows: Sequence[dict[str, Any]], totals: dict[str, int]) -> list[str]:
+    lines = ["| | tried | of | hold |", "|---|---|---|---|"]
+    for library, total in totals.items():
+        mine = [row for row in rows if row["spec"].startswith(library + "/")]
+        for column in COLUMNS:
+            tried = [r for r in mine if _cell(r, column) and not _cell(r, column).startswith("n/a")]
+            good = sum(_cell(row, column) == "yes" for row in tried)
+            share = f"{good} ({good / len(tried):.1%})" if tried else "not run"
+            lines.append(f"| {library}, {column} | {len(tried)} | {total} | {share} |")
+    times = [row["plan_s"] for row in rows if "plan_s" in row]
+    if times:
+        lines += [
+            "",
+            f"CPU seconds of `plan`: median {statistics.median(times):.2f}, most {max(times):.1f}.",
+        ]
+    return lines
+
+
+def _cell(row: dict[str, Any], column: str) -> str:
+    if column == "plan" and "error" in row:
+        return "no: " + str(row["error"])
+    return str(row.get(column, ""))
+
+
+def _line(row: dict[str, Any]) -> str:
+    stages = " ".join(
+        f"{fqn or name} ({count})" for name, fqn, _, _, _, count in row.get("stages", ())
+    )
+    cells = [
+        row["spec"],
+        row.get("layout", ""),
+        stages,
+        " ".join(row.get("recipes", ())) or "by depth",
+        *(_cell(row, column) for column in COLUMNS),
+    ]
+    return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |"
