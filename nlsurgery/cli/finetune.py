@@ -216,11 +216,12 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         typer.BadParameter: A model without its recipe or data, or a checkpoint of nothing.
     """
-    from nlsurgery.finetune.config import CONFIG_FILE, FinetuneConfig, demo_values
+    from nlsurgery.finetune.config import FinetuneConfig, demo_values
 
-    folder = Path(given.get("work_dir", demo_values()["work_dir"]))
-    if given.get("resume") and "model" not in given and (folder / CONFIG_FILE).is_file():
-        return {**FinetuneConfig.read(folder).model_dump(), **given}
+    if given.get("resume") and "model" not in given:
+        folder = latest_run(given.get("work_dir"))
+        if folder is not None:
+            return {**FinetuneConfig.read(folder).model_dump(), "work_dir": str(folder), **given}
     if "model" in given:
         missing = [f"--{key}" for key in ("recipe", "data") if key not in given]
         if missing:
@@ -233,6 +234,15 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
     if "data" in given:
         demo = {k: v for k, v in demo.items() if k not in ("work_dir", "image_size", "augment")}
     return {**demo, **given}
+
+
+def latest_run(work_dir: str | None) -> Path | None:
+    """The work dir to resume in: the one given, or the default one that was started last."""
+    from nlsurgery.finetune.config import CONFIG_FILE, DEFAULT_WORK_DIR, DEMO_WORK_DIR
+
+    choices = (DEFAULT_WORK_DIR, DEMO_WORK_DIR) if work_dir is None else (work_dir,)
+    started = [Path(name) for name in choices if (Path(name) / CONFIG_FILE).is_file()]
+    return max(started, key=lambda path: (path / CONFIG_FILE).stat().st_mtime, default=None)
 
 
 def summary(result: FinetuneResult) -> str:

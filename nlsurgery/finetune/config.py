@@ -14,6 +14,8 @@ from nlsurgery.errors import DataError, SurgeryError
 
 #: ``data`` and ``checkpoint`` of the run without arguments.
 DEMO = "demo"
+#: Where runs and the demo go when nothing is said.
+DEFAULT_WORK_DIR, DEMO_WORK_DIR = "work_dirs/finetune", "work_dirs/demo"
 CONFIG_FILE = "config.yaml"
 #: What may differ between a run and its continuation without changing a number.
 FREE_FIELDS = frozenset(
@@ -101,7 +103,7 @@ class FinetuneConfig(BaseModel):
     num_workers: Annotated[int, Field(ge=0)] = 2
     seed: Annotated[int, Field(ge=0)] = 0
     device: str | None = None
-    work_dir: str = "work_dirs/finetune"
+    work_dir: str = DEFAULT_WORK_DIR
     save_every: PositiveInt | None = None
     pictures: Annotated[int, Field(ge=0)] = 2
     tensorboard: bool = False
@@ -155,10 +157,10 @@ def demo_values() -> dict[str, Any]:
         "data": DEMO,
         "epochs": 2,
         "batch_size": 32,
-        "lr": 0.02,
+        "lr": 0.01,
         "inserted_lr_mult": 2.0,
         "augment": "light",
         "image_size": 64,
         "num_workers": 0,
-        "work_dir": "work_dirs/demo",
+        "work_dir": DEMO_WORK_DIR,
     }

@@ -83,6 +83,7 @@ def _draw_score(axes: Axes, history: History) -> None:
             f"{values[place]:.2f}", (epochs[place], values[place]), size=8,
             textcoords="offset points", xytext=(4, 4),
         )  # fmt: skip
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(title=f"Validation {history.score}", xlabel="epoch (0: before the first step)")
 
 
@@ -92,7 +93,7 @@ def _draw_gates(axes: Axes, history: History) -> None:
     for place, name in enumerate(names):
         values = [0.0, *(row[name] for row in history.gates)]
         colour = _COLOURS[place % len(_COLOURS)]
-        axes.plot(steps, values, label=name.replace(".nlsurgery.", " · "), color=colour, lw=1.4)
+        axes.plot(steps, values, label=name.removesuffix(".nlsurgery.0"), color=colour, lw=1.4)
     if 0 < len(names) <= _MAX_LABELS:
         axes.legend(fontsize=7, frameon=False)
-    axes.set(title="Gates: root mean square of γ or the zero norm's weight", xlabel="step")
+    axes.set(title="Gates: RMS of γ or the zero norm's weight", xlabel="step")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import shutil
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +32,11 @@ _NAMES = iter(range(1, 1_000_000))
 
 class QuietRunner(Runner):
     """The Runner with its log in ``train.log`` of the work dir, and only errors on the console."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        with contextlib.suppress(OSError):
+            Path(self._log_dir).rmdir()  # mmengine makes it, and nothing here writes to it
 
     def build_logger(
         self, log_level: int | str = "INFO", log_file: str | None = None, **options: Any
@@ -62,14 +67,11 @@ class QuietRunner(Runner):
         """Write nothing: the resolved configuration lies in the work dir already."""
 
     def close(self) -> None:
-        """Close the log and the visualizer's files, and take mmengine's empty folder away."""
+        """Close the log and the visualizer's files."""
         self.visualizer.close()
         for handler in list(self.logger.handlers):
             handler.close()
             self.logger.removeHandler(handler)
-        folder = Path(self._log_dir)
-        if folder.is_dir() and not any(path.is_file() for path in folder.rglob("*")):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def make_runner(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,20 @@ def test_data_alone_goes_with_the_demo_s_model() -> None:
 def test_incomplete_choice_names_what_is_missing(given: dict[str, Any], word: str) -> None:
     with pytest.raises(typer.BadParameter, match=word):
         complete(given)
+
+
+def test_resume_alone_finds_the_run_started_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert complete({"resume": True})["data"] == "demo"
+    for age, (folder, model) in enumerate((("demo", "a"), ("finetune", "b"))):
+        path = tmp_path / "work_dirs" / folder
+        path.mkdir(parents=True)
+        FinetuneConfig.make(model=model, recipe="x", data="y").write(path)
+        os.utime(path / CONFIG_FILE, (1000 + age, 1000 + age))
+    made = complete({"resume": True})
+    assert (made["model"], made["work_dir"]) == ("b", "work_dirs/finetune")
 
 
 def test_resume_without_a_run_is_the_demo_s(tmp_path: Path) -> None:

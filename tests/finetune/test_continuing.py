@@ -45,12 +45,12 @@ def killed_at(step: int) -> Any:
     [
         pytest.param({}, 6, 5, id="mid-epoch"),
         pytest.param({"accumulate": 2, "model": "timm/test_convnext"}, 6, 5, id="mid-accumulation"),
-        pytest.param({"ema": 0.8}, 3, 2, id="ema"),
+        pytest.param({"ema": 0.8}, 3, 2, id="ema", marks=pytest.mark.slow),
         pytest.param(
             {"optimizer": "adamw", "lr": 1e-3, "clip_grad": 0.1, "schedule": "step"}, 5, 4,
-            id="adamw-clip-step",
+            id="adamw-clip-step", marks=pytest.mark.slow,
         ),
-        pytest.param({"amp": "bf16", "schedule": "constant"}, 2, 1, id="bf16"),
+        pytest.param({"amp": "bf16", "schedule": "constant"}, 2, 1, id="bf16", marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_resume_inside_an_epoch(
@@ -136,6 +136,7 @@ def test_kill_9_in_the_middle_and_resume(values: dict[str, Any], tmp_path: Path)
     assert not list(Path(values["work_dir"]).glob(".*.part"))
 
 
+@pytest.mark.slow
 def test_full_disk_loses_nothing_saved(values: dict[str, Any], tmp_path: Path) -> None:
     """No file of the second process may grow past 100 kB: its first save fails half-way."""
     finetune(values, epochs=1)

@@ -65,7 +65,9 @@ def start_two(script: str, argument: str) -> None:
     assert [process.returncode for process in processes] == [0, 0], errors
 
 
-@pytest.mark.parametrize("model", ["timm/test_convnext", "timm/test_resnet"])
+@pytest.mark.parametrize(
+    "model", ["timm/test_resnet", pytest.param("timm/test_convnext", marks=pytest.mark.slow)]
+)
 def test_two_processes_give_the_numbers_of_one(
     values: dict[str, Any], tmp_path: Path, model: str
 ) -> None:
