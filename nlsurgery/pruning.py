@@ -151,7 +151,8 @@ def _without_heads(tree: CallTree, groups: list[Group]) -> list[Group]:
         places = [place_in_network(tree, g, feature) for g, feature in ends if feature]
         falls = len(places) == 2 and places[1] < places[0]
         falls |= _adds_tokens(tree, groups)
-        family = _family(tree, last) == _family(tree, before) and not last.lone
+        coarser = map_size(tree, last.units[-1]) != map_size(tree, before.units[-1])
+        family = coarser or (_family(tree, last) == _family(tree, before) and not last.lone)
         if not falls and (family or not _is_dead_end(tree, last, groups)):
             break
         groups.pop()
