@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.coverage_checks import check_graph, check_run, check_tools
-from benchmarks.coverage_models import Entry, all_models, select
+from benchmarks.coverage_models import Entry, all_models, build, select
 from benchmarks.coverage_table import failures, table
 
 LEVELS = ("graph", "run", "tools")
@@ -36,12 +36,16 @@ LEVELS = ("graph", "run", "tools")
 SMALL = 30_000_000
 
 
+class TooSlow(BaseException):
+    """A model that outlasts its limit; no ``except Exception`` on the way may swallow it."""
+
+
 @contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raise TimeoutError after some seconds."""
+    """Raise TooSlow after some seconds."""
 
     def stop(*_: object) -> None:
-        raise TimeoutError(f"took longer than {seconds} s")
+        raise TooSlow(f"took longer than {seconds} s")
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(seconds)
@@ -65,7 +69,7 @@ def try_model(entry: Entry, level: str, limit: int, most_params: int | None) -> 
                 row |= check_run(entry, row)
             if level == "tools":
                 row |= check_tools(entry, row)
-    except Exception as error:
+    except (Exception, TooSlow) as error:
         where = "plan" not in row
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         row |= {"error": text} if where else {"identity": row.get("identity", f"no: {text}")}
@@ -109,6 +113,10 @@ def main() -> int:
     drawn = options.sample == "tenth"
     level = options.level or ("run" if drawn else "graph")
     params = {spec: row["params"] for spec, row in rows.items() if "params" in row}
+    if options.sample == "family":
+        for entry in select(entries, "all", pattern=options.pattern):
+            if entry.spec not in params:
+                params[entry.spec] = sum(p.numel() for p in build(entry).parameters())
     chosen = []
     if options.sample != "none":
         chosen = select(entries, options.sample, options.seed, options.pattern, params)

@@ -155,9 +155,18 @@ class CallTree:
             while current is not None and not (trunk[current] and self._is_map(current)):
                 current = self.trace.calls[current].parent
             if current is not None and self._has_weights(self.trace.calls[current]):
-                kinds.add(self.trace.calls[current].kind)
+                kinds.add(self._whole(self.trace.calls[current]).kind)
         containers = {nn.Sequential, nn.ModuleList, nn.ModuleDict}
         return frozenset(kinds - containers)
+
+    def _whole(self, call: Call) -> Call:
+        """The block around a special container that is a part of it (OSA's list of layers)."""
+        if call.parent is None or not issubclass(call.kind, nn.Sequential):
+            return call
+        parent = self.trace.calls[call.parent]
+        sisters = [kid for kid in self.children[call.parent] if kid.kind is call.kind]
+        part = len(sisters) == 1 and not iterates_children(self.modules[parent.fqn])
+        return parent if part and self.is_trunk(parent) and self._is_map(parent.index) else call
 
     def _is_map(self, index: int) -> bool:
         return self.feature(self.trace.calls[index]) is not None
@@ -182,11 +191,14 @@ class CallTree:
         for call in reversed(self.trace.calls):
             if call.parent is not None:
                 holds[call.parent] |= on_trunk[call.index] or holds[call.index]
+        holders = {call.kind for call in self.trace.calls if holds[call.index]}
         found: list[bool] = []
         covered: list[bool] = []
         for call in self.trace.calls:
             above = call.parent is not None and covered[call.parent]
             block = candidates[call.index] and not holds[call.index]
+            if not on_trunk[call.index]:
+                block = block and call.kind not in holders
             if block and not on_trunk[call.index]:
                 block = not above and any(self.flow.is_live(o.node) for o in self.branches(call))
             found.append(block)

@@ -58,6 +58,15 @@ EXPECTED = {
         ("stage2", "transformers.1.blocks", 16, "NLC", 6),
         ("stage3", "transformers.2.blocks", 32, "NLC", 4)],
     "timm/crossvit_tiny_240": [("stage1:0", "blocks", 12, "NLC", 3), ("stage1:1", "blocks", 16, "NLC", 3)],
+    "timm/coat_lite_tiny": [
+        ("stage1", "serial_blocks1", 4, "NLC", 2), ("stage2", "serial_blocks2", 8, "NLC", 2),
+        ("stage3", "serial_blocks3", 16, "NLC", 2), ("stage4", "serial_blocks4", 32, "NLC", 2)],
+    "timm/ese_vovnet39b": [
+        ("stage1", "stages.0", 4, "NCHW", 1), ("stage2", "stages.1", 8, "NCHW", 1),
+        ("stage3", "stages.2", 16, "NCHW", 2), ("stage4", "stages.3", 32, "NCHW", 2)],
+    "timm/efficientvim_m1": [
+        ("stage1", "stages.0.blocks", 16, "NCHW", 2), ("stage2", "stages.1.blocks", 32, "NCHW", 2),
+        ("stage3", "stages.2.blocks", 64, "NCHW", 2)],
     "torchvision/shufflenet_v2_x0_5": [
         ("stage2", "stage2", 8, "NCHW", 4), ("stage3", "stage3", 16, "NCHW", 8),
         ("stage4", "stage4", 32, "NCHW", 4)],
