@@ -75,6 +75,8 @@ def _draw_loss(axes: Axes, history: History) -> None:
 
 
 def _draw_score(axes: Axes, history: History) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     epochs = [row["epoch"] for row in history.scores]
     values = [row[history.score] for row in history.scores]
     axes.plot(epochs, values, color=_COLOURS[1], marker="o", ms=4)
@@ -83,7 +85,7 @@ def _draw_score(axes: Axes, history: History) -> None:
             f"{values[place]:.2f}", (epochs[place], values[place]), size=8,
             textcoords="offset points", xytext=(4, 4),
         )  # fmt: skip
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set(title=f"Validation {history.score}", xlabel="epoch (0: before the first step)")
 
 
