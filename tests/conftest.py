@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from importlib import import_module
 
 import pytest
 import torch
@@ -11,6 +12,13 @@ import torch
 # compared to the last bit must sum in the same order.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Import mmengine before the workers do: its formatter's first import on a machine writes a file
+    that another process may read half written."""
+    if not hasattr(config, "workerinput"):
+        import_module("mmengine")
 
 
 @pytest.fixture(autouse=True)

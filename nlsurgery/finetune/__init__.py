@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import time
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,24 @@ _HOME_OF = {
 __all__ = ["Estimate", "FinetuneConfig", "FinetuneResult", "estimate", "run"]
 
 
+def _import_formatter() -> None:
+    """Import yapf, which mmengine needs, however many processes do it at once.
+
+    Its first import on a machine writes a grammar file; a process that reads it half written tries again.
+    """
+    for attempt in range(50):
+        try:
+            import_module("yapf")
+        except (EOFError, pickle.UnpicklingError):
+            if attempt == 49:
+                raise
+            time.sleep(0.1)
+        else:
+            return
+
+
 def __getattr__(name: str) -> Any:
     if name in _HOME_OF:
+        _import_formatter()
         return getattr(import_module(f"nlsurgery.finetune.{_HOME_OF[name]}"), name)
     raise AttributeError(f"module 'nlsurgery.finetune' has no attribute {name!r}")

@@ -143,3 +143,19 @@ def test_batch_must_be_dealt_out_evenly(
 def test_missing_device_is_an_error(name: str) -> None:
     with pytest.raises(SurgeryError, match=f"--device .*{name}"):
         choose_device(name, None)
+
+
+def test_a_half_written_grammar_of_the_formatter_is_waited_for(monkeypatch):
+    from nlsurgery import finetune
+
+    tries = []
+
+    def import_module(name):
+        tries.append(name)
+        if len(tries) < 3:
+            raise EOFError("Ran out of input")
+
+    monkeypatch.setattr(finetune, "import_module", import_module)
+    monkeypatch.setattr(finetune.time, "sleep", lambda seconds: None)
+    finetune._import_formatter()
+    assert tries == ["yapf"] * 3
