@@ -11,7 +11,7 @@ import json
 import os
 import pickle
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ def save(model: nn.Module, path: str | Path, *, inserted_only: bool = False) -> 
     return target
 
 
-def load(model: nn.Module, path: str | Path) -> nn.Module:
+def load(model: nn.Module, path: str | Path, *, allow_imports: Sequence[str] = ()) -> nn.Module:
     """Read a file of :func:`save` into a model: every key strictly, or nothing at all.
 
     A fresh original model gets the recipe in the file applied first. An operated model must hold the
@@ -71,6 +71,8 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     Args:
         model: The original model, or one operated in the same way; changed in place.
         path: A file written by :func:`save`.
+        allow_imports: Packages whose modules its recipe may import as block types (``type: "pkg.Block"``);
+            an import runs their code.
 
     Returns:
         The same model.
@@ -85,7 +87,12 @@ def load(model: nn.Module, path: str | Path) -> nn.Module:
     try:
         if fresh:
             for step in surgery["applied"]:
-                apply(model, step["recipe"], input_size=tuple(step["input_size"]))
+                apply(
+                    model,
+                    step["recipe"],
+                    input_size=tuple(step["input_size"]),
+                    allow_imports=allow_imports,
+                )
         here = [[row.fqn, row.type] for row in report(model).insertions]
         if here != surgery["insertions"]:
             raise CheckpointError(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from nlsurgery.blocks import block_type
+from nlsurgery.blocks import block_type, build_foreign
 from nlsurgery.errors import RecipeError, SelectorError, SurgeryError
 from nlsurgery.recipe import Recipe
 from nlsurgery.resolve import InsertionPoint, resolve
@@ -189,9 +189,11 @@ def build_block(point: InsertionPoint) -> nn.Module:
         RecipeError: The block refuses its options for this place's channels and dimensions.
     """
     options = dict(point.entry.block)
-    entry = block_type(options.pop("type"))
+    kind, num_chs, dims = options.pop("type"), point.feature.num_chs, point.site.layout.dims
     try:
-        return entry.build(point.feature.num_chs, dims=point.site.layout.dims, **options)
+        if "." in kind:
+            return build_foreign(kind, num_chs, dims=dims, options=options)
+        return block_type(kind).build(num_chs, dims=dims, **options)
     except SurgeryError as error:
         raise RecipeError(f"{point.where}.block at {point.site.host}: {error}") from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -12,9 +12,9 @@ from typing import Any, Literal, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from nlsurgery.blocks import BLOCK_TYPES, block_type
+from nlsurgery.blocks import BLOCK_TYPES, block_type, import_foreign
 from nlsurgery.catalog import recipe_files
-from nlsurgery.errors import RecipeError, close_names
+from nlsurgery.errors import BlockError, RecipeError, close_names
 from nlsurgery.schema import InsertEntry, RecipeFile
 
 #: Larger files, and files that expand to more nodes, are no recipes.
@@ -62,26 +62,30 @@ def list_recipes() -> tuple[str, ...]:
     return tuple(recipe_files())
 
 
-def load_recipe(recipe: RecipeLike) -> Recipe:
+def load_recipe(recipe: RecipeLike, *, allow_imports: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe.
 
     Args:
         recipe: A path, the name of a packaged recipe, or a mapping with a recipe's fields.
             ``recipes/NAME.yaml`` means the packaged one where no such file stands.
+        allow_imports: Packages whose modules a recipe may import as block types (``type: "pkg.Block"``);
+            an import runs their code.
 
     Raises:
         RecipeError: It cannot be found or read, or says something not allowed.
     """
+    if isinstance(allow_imports, str):
+        raise RecipeError(f"allow_imports must be a list of packages: [{allow_imports!r}]")
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Mapping):
-        return _check(dict(recipe), "recipe", "recipe")
+        return _check(dict(recipe), "recipe", "recipe", allow_imports)
     if not isinstance(recipe, str | Path):
         raise RecipeError(
             f"recipe must be a path, a recipe's name or a mapping, but got {type(recipe).__name__}"
         )
     path, origin = _find(recipe)
-    return _check(_read_yaml(path, origin), path.stem, origin)
+    return _check(_read_yaml(path, origin), path.stem, origin, allow_imports)
 
 
 def _find(recipe: str | Path) -> tuple[Path, str]:
@@ -176,24 +180,27 @@ def _line(node: yaml.Node) -> str:
     return f" (line {node.start_mark.line + 1})" if node.start_mark else ""
 
 
-def _check(data: dict[str, Any], name: str, origin: str) -> Recipe:
+def _check(data: dict[str, Any], name: str, origin: str, allow_imports: Sequence[str]) -> Recipe:
     try:
         file = RecipeFile.model_validate(data)
     except ValidationError as error:
         raise RecipeError(f"{origin}: {_explain(error, RecipeFile)}") from error
     entries = []
     for index, entry in enumerate(file.inserts):
-        options = check_block(entry.block, f"{origin}: inserts[{index}].block")
+        options = check_block(entry.block, f"{origin}: inserts[{index}].block", allow_imports)
         entries.append(entry.model_copy(update={"block": options}))
     return Recipe(name, origin, file.source, file.published, tuple(entries), file.output_stride)
 
 
-def check_block(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
+def check_block(
+    spec: Mapping[str, Any], where: str, allow_imports: Sequence[str] = ()
+) -> dict[str, Any]:
     """Check ``{type: ..., options}`` against the block's own signature.
 
     Args:
         spec: The mapping as the recipe has it.
         where: How errors name the place.
+        allow_imports: As in :func:`load_recipe`.
 
     Returns:
         The same options, checked.
@@ -209,6 +216,8 @@ def check_block(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
             if kind is None
             else f"{where}.type must be a name, but got {kind!r}"
         )
+    if "." in kind:
+        return _check_foreign(kind, options, where, allow_imports)
     if kind not in BLOCK_TYPES:
         raise RecipeError(
             f"{where}.type {kind!r} is no block type{close_names(kind, BLOCK_TYPES)}; "
@@ -223,6 +232,19 @@ def check_block(spec: Mapping[str, Any], where: str) -> dict[str, Any]:
     except TypeError as error:
         raise RecipeError(f"{where}: options must be plain values ({error})") from error
     return {"type": kind, **{name: getattr(checked, name) for name in options}}
+
+
+def _check_foreign(
+    kind: str, options: dict[str, Any], where: str, allow_imports: Sequence[str]
+) -> dict[str, Any]:
+    try:
+        import_foreign(kind, allow_imports)
+        json.dumps(options)
+    except BlockError as error:
+        raise RecipeError(f"{where}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"{where}: options must be plain values ({error})") from error
+    return {"type": kind, **options}
 
 
 @cache

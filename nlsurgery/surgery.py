@@ -50,6 +50,7 @@ def plan(
     *,
     input_size: Sequence[int] | None = None,
     example_input: object | None = None,
+    allow_imports: Sequence[str] = (),
 ) -> Plan:
     """Say exactly what :func:`apply` would do, and what it would cost. Changes nothing.
 
@@ -58,12 +59,16 @@ def plan(
         recipe: A path, the name of a packaged recipe, or a mapping.
         input_size: As in :func:`inspect`.
         example_input: As in :func:`inspect`.
+        allow_imports: Packages whose modules a recipe may import as block types (``type: "pkg.Block"``);
+            an import runs their code.
 
     Raises:
         RecipeError: The recipe cannot be read, is not valid, or names a place that cannot be.
         ModelError: As in :func:`inspect`.
     """
-    return _plan(model, load_recipe(recipe), input_size, example_input)[0]
+    return _plan(
+        model, load_recipe(recipe, allow_imports=allow_imports), input_size, example_input
+    )[0]
 
 
 def _plan(
@@ -104,6 +109,7 @@ def apply(
     *,
     input_size: Sequence[int] | None = None,
     example_input: object | None = None,
+    allow_imports: Sequence[str] = (),
 ) -> nn.Module:
     """Insert a recipe's blocks into a model, in place; on any error the model is as it was.
 
@@ -115,6 +121,7 @@ def apply(
         recipe: A path, the name of a packaged recipe, or a mapping.
         input_size: As in :func:`inspect`.
         example_input: As in :func:`inspect`.
+        allow_imports: As in :func:`plan`.
 
     Returns:
         The same model.
@@ -123,7 +130,9 @@ def apply(
         RecipeError: As in :func:`plan`.
         ModelError: As in :func:`inspect`.
     """
-    made, changes = _plan(model, load_recipe(recipe), input_size, example_input)
+    made, changes = _plan(
+        model, load_recipe(recipe, allow_imports=allow_imports), input_size, example_input
+    )
     order = 1 + max(
         (record.order for _, _, inserted in hosts(model) for record in inserted.records), default=-1
     )

@@ -3,6 +3,9 @@
 Importing this package registers every block type.
 """
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from nlsurgery.blocks.channel_attention import (
     ConvolutionalAttention,
     EfficientChannelAttention,
@@ -14,7 +17,7 @@ from nlsurgery.blocks.criss_cross import CrissCross
 from nlsurgery.blocks.disentangled import DisentangledNonLocal
 from nlsurgery.blocks.dual_attention import ChannelAttention, DualAttention
 from nlsurgery.blocks.expectation_maximisation import ExpectationMaximisation
-from nlsurgery.blocks.foreign import GammaBlend, build_foreign
+from nlsurgery.blocks.foreign import GammaBlend, build_foreign, import_foreign
 from nlsurgery.blocks.generalized import GeneralizedAttention
 from nlsurgery.blocks.global_context import GlobalContextAdd, GlobalContextMul
 from nlsurgery.blocks.layout import Layout, from_channels_first, to_channels_first
@@ -53,6 +56,11 @@ __all__ = [
     "build_foreign",
     "choose_implementation",
     "from_channels_first",
+    "import_foreign",
     "register",
     "to_channels_first",
 ]
+
+# Every file here registers what is in it, those above or not.
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Mapping, Sequence
-from typing import Any
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,27 +62,15 @@ def _difference(y: Any, x: Tensor, before: int, name: str) -> Tensor:
     return y.to(x.dtype) - x
 
 
-def build_foreign(
-    path: str,
-    in_channels: int,
-    *,
-    dims: int,
-    allow_imports: Sequence[str],
-    options: Mapping[str, Any],
-) -> GammaBlend:
-    """Import a user's module and blend it in.
-
-    It is called with ``in_channels`` first, and with ``dims`` where it has such a parameter.
+def import_foreign(path: str, allow_imports: Sequence[str]) -> Callable[..., Any]:
+    """Import what builds a user's block, where that is allowed.
 
     Args:
         path: ``"package.module.Name"``, an ``nn.Module`` class or a function that gives one.
-        in_channels: C of the host.
-        dims: Spatial dimensions of the host's output.
         allow_imports: Packages or modules that may be imported; an import runs their code.
-        options: Further keyword arguments.
 
     Raises:
-        BlockError: The import is not allowed or fails, or what is built is no module.
+        BlockError: The import is not allowed or fails.
     """
     module_name, _, name = path.rpartition(".")
     if not any(module_name == root or module_name.startswith(f"{root}.") for root in allow_imports):
@@ -92,17 +81,42 @@ def build_foreign(
         )
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise BlockError(f"block type {path!r} cannot be imported: {error}") from error
-    if not hasattr(module, name):
+    except Exception as error:
+        raise BlockError(
+            f"block type {path!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    found = getattr(module, name, None)
+    if found is None:
         hint = close_names(name, vars(module))
         raise BlockError(f"block type {path!r}: module {module_name} has no {name!r}{hint}")
-    return _built(getattr(module, name), path, in_channels, dims, options)
+    if not callable(found):
+        raise BlockError(
+            f"block type {path!r} must be an nn.Module class or a function that builds one, but it is "
+            f"a {type(found).__name__}"
+        )
+    return cast("Callable[..., Any]", found)
 
 
-def _built(
-    factory: Any, path: str, in_channels: int, dims: int, options: Mapping[str, Any]
+def build_foreign(
+    path: str, in_channels: int, *, dims: int, options: Mapping[str, Any]
 ) -> GammaBlend:
+    """Build a user's block, which :func:`import_foreign` imported before, and blend it in.
+
+    It is called with ``in_channels`` first, and with ``dims`` where it has such a parameter.
+
+    Args:
+        path: As in :func:`import_foreign`; nothing is imported here.
+        in_channels: C of the host.
+        dims: Spatial dimensions of the host's output.
+        options: Further keyword arguments.
+
+    Raises:
+        BlockError: It was not imported before, or what is built is no module.
+    """
+    module_name, _, name = path.rpartition(".")
+    factory = getattr(sys.modules.get(module_name), name, None)
+    if factory is None:
+        raise BlockError(f"block type {path!r} has not been imported; read its recipe first")
     try:
         parameters = inspect.signature(factory).parameters
         extra = {"dims": dims} if "dims" in parameters else {}

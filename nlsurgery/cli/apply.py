@@ -9,6 +9,7 @@ import typer
 
 from nlsurgery.cli import console
 from nlsurgery.cli.options import (
+    AllowImportOption,
     CheckpointOption,
     InputSizeOption,
     JsonOption,
@@ -42,6 +43,7 @@ def apply(
     inserted_only: InsertedOnlyOption = False,
     overwrite: OverwriteOption = False,
     input_size: InputSizeOption = None,
+    allow_import: AllowImportOption = None,
     json: JsonOption = False,
 ) -> None:
     """Insert a recipe's blocks into a checkpoint; the operated model computes the same at first."""
@@ -57,7 +59,7 @@ def apply(
     from nlsurgery.cli.models import load_plain
 
     network = load_plain(model, checkpoint, pretrained=pretrained, num_classes=num_classes)
-    nlsurgery.apply(network, recipe, input_size=sizes)
+    nlsurgery.apply(network, recipe, input_size=sizes, allow_imports=allow_import or ())
     out.parent.mkdir(parents=True, exist_ok=True)
     nlsurgery.save(network, out, inserted_only=inserted_only)
     report = nlsurgery.report(network)

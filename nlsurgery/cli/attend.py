@@ -10,6 +10,7 @@ import typer
 
 from nlsurgery.cli import console
 from nlsurgery.cli.options import (
+    AllowImportOption,
     InputSizeOption,
     JsonOption,
     NumClassesOption,
@@ -66,6 +67,7 @@ def attend(
     grid: GridOption = None,
     out: OutOption = Path("attention"),
     input_size: InputSizeOption = None,
+    allow_import: AllowImportOption = None,
     json: JsonOption = False,
 ) -> None:
     """Draw where each inserted block attends, from chosen points of an image."""
@@ -88,7 +90,12 @@ def attend(
         target, checkpoint, run_sizes = read_work_dir(Path(target))
         sizes = sizes or run_sizes
     model = load_operated(
-        target, recipe=recipe, checkpoint=checkpoint, pretrained=pretrained, num_classes=num_classes
+        target,
+        recipe=recipe,
+        checkpoint=checkpoint,
+        pretrained=pretrained,
+        num_classes=num_classes,
+        allow_imports=allow_import or (),
     )
     if checkpoint is None and not pretrained:
         console.warn("the weights are random: give --checkpoint or --pretrained")

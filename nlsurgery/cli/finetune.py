@@ -70,6 +70,10 @@ def finetune(
         bool | None, _option(DATA, "--pretrained", "Download the library's own weights.")
     ] = None,
     recipe: Annotated[str | None, _option(DATA, "--recipe", "A recipe's name or file.")] = None,
+    allow_import: Annotated[
+        list[str] | None,
+        _option(DATA, "--allow-import", "Let the recipe import blocks of this package."),
+    ] = None,
     data: Annotated[
         str | None,
         _option(
@@ -163,7 +167,8 @@ def finetune(
     """
     given: dict[str, Any] = {
         "task": task, "model": model, "checkpoint": checkpoint, "pretrained": pretrained,
-        "recipe": recipe, "data": data, "data_root": data_root, "data_download": data_download,
+        "recipe": recipe, "allow_imports": allow_import or None, "data": data,
+        "data_root": data_root, "data_download": data_download,
         "image_size": image_size, "clip_frames": clip_frames, "augment": augment, "epochs": epochs,
         "batch_size": batch_size, "accumulate": accumulate, "lr": lr,
         "inserted_lr_mult": inserted_lr_mult, "weight_decay": weight_decay, "optimizer": optimizer,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -80,6 +80,7 @@ def load_operated(
     checkpoint: Path | None,
     pretrained: bool,
     num_classes: int | None,
+    allow_imports: Sequence[str] = (),
 ) -> nn.Module:
     """Build an operated model from any of: a saved one, a plain checkpoint and a recipe, a recipe.
 
@@ -89,6 +90,7 @@ def load_operated(
         checkpoint: Weights of the operated model, or of the plain one.
         pretrained: Download the library's weights of the plain one.
         num_classes: Size of the classifier; the checkpoint's when None.
+        allow_imports: Packages whose modules the recipe may import as block types.
 
     Raises:
         SurgeryError: The pieces do not fit together; the message says which is missing.
@@ -106,7 +108,7 @@ def load_operated(
                 "as --checkpoint a file that nlsurgery saved"
             )
         network = load_plain(model, checkpoint, pretrained=pretrained, num_classes=num_classes)
-        return nlsurgery.apply(network, recipe)
+        return nlsurgery.apply(network, recipe, allow_imports=allow_imports)
     if len(inserted) == len(tensors) and not pretrained:
         raise CheckpointError(
             f"{checkpoint} holds the inserted blocks alone; give a file with the whole model, or "
@@ -114,8 +116,8 @@ def load_operated(
         )
     network = _build(model, tensors, pretrained=pretrained, num_classes=num_classes)
     if recipe is None:
-        return nlsurgery.load(network, str(checkpoint))
-    nlsurgery.apply(network, recipe)
+        return nlsurgery.load(network, str(checkpoint), allow_imports=allow_imports)
+    nlsurgery.apply(network, recipe, allow_imports=allow_imports)
     load_tensors(network, tensors, str(checkpoint))
     return network
 

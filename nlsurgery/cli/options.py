@@ -16,6 +16,14 @@ ModelArgument = Annotated[
 RecipeArgument = Annotated[
     str, typer.Argument(metavar="RECIPE", help="The name of a packaged recipe, or a YAML file.")
 ]
+AllowImportOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-import",
+        metavar="PACKAGE",
+        help="Let the recipe import blocks of this package, which runs its code; may be repeated.",
+    ),
+]
 InputSizeOption = Annotated[
     str | None,
     typer.Option(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from nlsurgery.cli import console
 from nlsurgery.cli.options import (
+    AllowImportOption,
     InputSizeOption,
     JsonOption,
     ModelArgument,
@@ -22,6 +23,7 @@ def plan(
     model: ModelArgument,
     recipe: RecipeArgument,
     input_size: InputSizeOption = None,
+    allow_import: AllowImportOption = None,
     json: JsonOption = False,
 ) -> None:
     """Show where a recipe's blocks would go and their parameters, FLOPs and activation memory."""
@@ -30,7 +32,9 @@ def plan(
     import nlsurgery
     from nlsurgery.integrations.hub import create_model
 
-    planned = nlsurgery.plan(create_model(model), recipe, input_size=sizes)
+    planned = nlsurgery.plan(
+        create_model(model), recipe, input_size=sizes, allow_imports=allow_import or ()
+    )
     if json:
         console.print_json(planned.to_dict())
     else:

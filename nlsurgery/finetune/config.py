@@ -33,6 +33,7 @@ class FinetuneConfig(BaseModel):
         checkpoint: A checkpoint of the original model, ``demo`` for the packaged weights, or None.
         pretrained: Download the library's own weights.
         recipe: Packaged name, path or mapping.
+        allow_imports: Packages whose modules the recipe may import as block types.
         data: ``demo``, a folder of classes (or with ``train`` and ``val``), or a timm dataset name
             such as ``torch/cifar10``; for ``detect`` a folder with ``train`` and ``val`` images and
             ``annotations/train.json`` and ``val.json``.
@@ -77,6 +78,7 @@ class FinetuneConfig(BaseModel):
     checkpoint: str | None = None
     pretrained: bool = False
     recipe: str | dict[str, Any]
+    allow_imports: tuple[str, ...] = ()
     data: str
     data_root: str | None = None
     data_download: bool = False

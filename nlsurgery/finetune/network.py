@@ -158,7 +158,7 @@ def operate(
     """
     with torch.no_grad(), torch.backends.cudnn.flags(benchmark=False, deterministic=True):
         original = outputs(model)
-        apply(model, config.recipe, input_size=size)
+        apply(model, config.recipe, input_size=size, allow_imports=config.allow_imports)
         operated = outputs(model)
         with disabled(model):
             inside = outputs(model)

@@ -151,7 +151,9 @@ def prepare(config: FinetuneConfig, device: torch.device, say: Say) -> Operated:
         say(
             f"{config.model} starts from random weights: give --checkpoint or --pretrained for others"
         )
-    made = plan(network, config.recipe, input_size=job.input_size)
+    made = plan(
+        network, config.recipe, input_size=job.input_size, allow_imports=config.allow_imports
+    )
     say(str(made))
     num_samples = min(len(job.val), config.batch_size)  # type: ignore[arg-type]
     batch = job.collate([job.val[index] for index in range(num_samples)])

@@ -33,6 +33,7 @@ def build_surgery(
     recipe: str | Mapping[str, Any],
     *,
     input_size: Sequence[int] | None = None,
+    allow_imports: Sequence[str] = (),
     freeze_backbone: bool = False,
     norm_eval: bool = False,
     init_cfg: InitCfg | None = None,
@@ -52,6 +53,7 @@ def build_surgery(
             ``num_classes``, of ``nlsurgery.HubClassifier``.
         recipe: A path, the name of a packaged recipe, or a recipe written out.
         input_size: (H, W), (C, H, W) or (C, T, H, W) to trace the model at; found out when None.
+        allow_imports: Packages whose modules the recipe may import as block types.
         freeze_backbone: Train the blocks alone of what is operated on: its other parameters get no
             gradients and its BatchNorm keeps its statistics. Heads and necks of a whole model train on.
         norm_eval: Keep the BatchNorm of the blocks at its initial statistics, where it is an affine map:
@@ -71,7 +73,7 @@ def build_surgery(
     """
     allow_runner_checkpoints()
     built = _build(model, data_preprocessor)
-    _operate(built, _load(recipe), input_size)
+    _operate(built, _load(recipe, allow_imports), input_size)
     carrier = _carrier(built)
     state = SurgeryState(frozen=freeze_backbone, norm_eval=norm_eval)
     outer = _as_list(init_cfg)
@@ -127,11 +129,11 @@ def _build(model: object, data_preprocessor: Any) -> nn.Module:
     )
 
 
-def _load(recipe: object) -> Recipe:
+def _load(recipe: object, allow_imports: Sequence[str]) -> Recipe:
     if isinstance(recipe, Mapping):
-        return load_recipe(_plain(recipe))
+        return load_recipe(_plain(recipe), allow_imports=allow_imports)
     if isinstance(recipe, str):
-        return load_recipe(recipe)
+        return load_recipe(recipe, allow_imports=allow_imports)
     raise RecipeError(
         f"nlsurgery.Surgery: recipe= must be a path, a recipe's name or a mapping, but got "
         f"{type(recipe).__name__}"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from nlsurgery.blocks import GammaBlend, block_type, build_foreign
+from nlsurgery.blocks import GammaBlend, block_type, build_foreign, import_foreign
 from nlsurgery.errors import BlockError
 
 
@@ -36,7 +36,8 @@ def package(monkeypatch):
 
 
 def built(path, allow=("usersown",), **options):
-    return build_foreign(path, 4, dims=2, allow_imports=allow, options=options)
+    import_foreign(path, allow)
+    return build_foreign(path, 4, dims=2, options=options)
 
 
 @pytest.mark.usefixtures("package")
