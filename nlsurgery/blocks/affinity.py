@@ -49,8 +49,8 @@ def softmax_map(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """
     with without_autocast(q):
         dtype = accumulator(q.dtype)
-        logits = (q.to(dtype) * scale) @ k.to(dtype).transpose(1, 2)
-        return logits.softmax(dim=-1)
+        queries = q.to(dtype) if scale == 1.0 else q.to(dtype) * scale
+        return torch.bmm(queries, k.to(dtype).transpose(1, 2)).softmax(dim=-1)
 
 
 @torch.fx.wrap
@@ -58,11 +58,18 @@ def dot_product_map(q: Tensor, k: Tensor) -> Tensor:
     """q_i · k_j / M, of q (B, N, C') and k (B, M, C'): (B, N, M), float32 for half inputs."""
     with without_autocast(q):
         dtype = accumulator(q.dtype)
-        return (q.to(dtype) / max(1, k.shape[1])) @ k.to(dtype).transpose(1, 2)
+        return torch.bmm(q.to(dtype) / max(1, k.shape[1]), k.to(dtype).transpose(1, 2))
 
 
 @torch.fx.wrap
 def apply_map(attention: Tensor, v: Tensor) -> Tensor:
-    """Σ_j attention_ij v_j, of (B, N, M) and (B, M, C'): (B, N, C') in the dtype of ``v``."""
+    """Σ_j attention_ij v_j, of (B, N, M) and (B, M, C'): (B, N, C') in the dtype of ``v``.
+
+    The result lies in memory as ``v`` does: tokens or channels first.
+    """
     with without_autocast(v):
-        return (attention @ v.to(attention.dtype)).to(v.dtype)
+        values = v.to(attention.dtype)
+        if values.stride(1) == 1:
+            y = torch.bmm(values.transpose(1, 2), attention.transpose(1, 2))
+            return y.transpose(1, 2).to(v.dtype)
+        return torch.bmm(attention, values).to(v.dtype)

@@ -28,7 +28,7 @@ def dot_product_attend(q: Tensor, k: Tensor, v: Tensor, form: str) -> Tensor:
     if form == "explicit" and q.dtype == torch.bfloat16:
         # Its range is float32's, and a rounded f is off by no more than a rounded θ.
         with without_autocast(q):
-            return torch.bmm(torch.bmm(q / max(1, k.shape[1]), k.transpose(1, 2)), v)
+            return apply_map(torch.bmm(q / max(1, k.shape[1]), k.transpose(1, 2)), v)
     if form == "explicit":
         return apply_map(dot_product_map(q, k), v)
     with without_autocast(q):

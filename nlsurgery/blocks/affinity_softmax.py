@@ -7,6 +7,7 @@ inputs in all of them: unscaled logits in bfloat16 are off by up to 0.1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,11 +17,14 @@ from torch import Tensor
 
 from nlsurgery.blocks.affinity import accumulator, apply_map, softmax_map, without_autocast
 
+_softmax_backward = torch.ops.aten._softmax_backward_data.out
 #: Bytes of logits that one chunk may take: they should stay in the last-level cache.
 CHUNK_BYTES = 16 << 20
 #: Beyond this size (times the root of the row's largest weight), rounding a logit to bfloat16
 #: shows in the result.
 ROUNDED_LOGIT = 2.0
+#: How many rows of a chunk are looked at first.
+FEW_ROWS = 32
 
 
 def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> Tensor:
@@ -45,6 +49,11 @@ def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> 
         return _Chunked.apply(q, k, v, scale)  # type: ignore[no-any-return]
 
 
+def fits(num_keys: int, value_size: int) -> bool:
+    """Whether an N×M tensor may be kept: no larger than the four projections, and in the cache."""
+    return num_keys <= min(1024, 4 * value_size)
+
+
 def chunks(batch: int, num_queries: int, num_keys: int) -> Iterator[tuple[slice, slice]]:
     """Cut (B, N) into pieces whose logits take at most :data:`CHUNK_BYTES`."""
     rows = max(1, CHUNK_BYTES // (4 * max(1, num_keys)))
@@ -57,6 +66,20 @@ def chunks(batch: int, num_queries: int, num_keys: int) -> Iterator[tuple[slice,
             yield slice(first, first + together), slice(row, min(row + step, num_queries))
 
 
+class _Workspace:
+    """One piece of memory for the chunks of a call, one after the other."""
+
+    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+        self.buffer = like.new_empty(0, dtype=dtype)
+
+    def take(self, *shape: int) -> Tensor:
+        """An uninitialised tensor over it."""
+        size = math.prod(shape)
+        if self.buffer.numel() < size:
+            self.buffer = self.buffer.new_empty(size)
+        return self.buffer[:size].view(shape)
+
+
 class _Logits:
     """Forms softmax rows for one call: which products, in which precision.
 
@@ -67,28 +90,59 @@ class _Logits:
     """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float) -> None:
-        self.shifted = q.dtype == torch.bfloat16 and q.device.type == "cpu"
-        self.dtype = q.dtype if self.shifted else accumulator(q.dtype)
+        self.rounded = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+        self.dtype = q.dtype if self.rounded else accumulator(q.dtype)
         self.scale = scale
         self.q, self.k = q, k.to(self.dtype)
+        self.workspace = _Workspace(self.q, self.dtype)
 
-    def rows(self, b: slice, i: slice, shift: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """Probabilities of queries ``i`` of batch items ``b``, and their shift if there is one."""
-        queries = self.q[b, i].to(self.dtype)
-        keys = self.k[b].transpose(1, 2)
-        if shift is not None:
-            return self._softmax(torch.baddbmm(-shift, queries, keys)), shift
-        logits = torch.bmm(queries, keys)
-        if not self.shifted or not logits.numel():
+    def again(self, b: slice, i: slice, shift: Tensor | None) -> Tensor:
+        """Probabilities of queries ``i`` of batch items ``b`` by the shift :meth:`rows` gave."""
+        queries, keys = self._factors(b, i)
+        return self._softmax(self._product(queries, keys, shift))
+
+    def rows(self, b: slice, i: slice) -> tuple[Tensor, Tensor | None]:
+        """Probabilities of queries ``i`` of batch items ``b``, and their shift if there is one.
+
+        They lie in the workspace, and hold until the next call.
+        """
+        queries, keys = self._factors(b, i)
+        logits = self._product(queries, keys, None)
+        if not self.rounded or self._largest(logits) <= ROUNDED_LOGIT:
             return self._softmax(logits), None
         top = logits.amax(-1, keepdim=True)
-        p = self._softmax(logits)
-        # A logit's rounding grows with its size; over many keys of like weight it averages out.
-        if (
-            top.abs() * self.scale * p.amax(-1, keepdim=True).sqrt()
-        ).amax().item() <= ROUNDED_LOGIT:
-            return p, None
-        return self._softmax(torch.baddbmm(-top, queries, keys)), top
+        few = max(1, top.shape[1] // FEW_ROWS)
+        # A few rows often say it already; else every row's weights are looked at.
+        if not self._matters(top[:, ::few], torch.softmax(logits[:, ::few] * self.scale, -1)):
+            p = self._softmax(logits)
+            if not self._matters(top, p):
+                return p, None
+        return self._softmax(self._product(queries, keys, top)), top
+
+    def _factors(self, b: slice, i: slice) -> tuple[Tensor, Tensor]:
+        return self.q[b, i].to(self.dtype), self.k[b].transpose(1, 2)
+
+    def _product(self, queries: Tensor, keys: Tensor, shift: Tensor | None) -> Tensor:
+        out = self.workspace.take(queries.shape[0], queries.shape[1], keys.shape[2])
+        if shift is None:
+            return torch.bmm(queries, keys, out=out)
+        return torch.baddbmm(-shift, queries, keys, out=out)
+
+    def _largest(self, logits: Tensor) -> float:
+        if not logits.numel():
+            return 0.0
+        low, high = logits.aminmax()
+        return abs(self.scale) * max(-low.item(), high.item())
+
+    def _matters(self, top: Tensor, p: Tensor) -> bool:
+        """Whether rounding shows: it grows with a logit, and averages out over keys of like weight.
+
+        Args:
+            top: (B, n, 1), the rows' largest logits.
+            p: (B, n, M), their probabilities.
+        """
+        seen = top.abs() * abs(self.scale) * p.amax(-1, keepdim=True).sqrt()
+        return not seen.amax().item() <= ROUNDED_LOGIT
 
     def _softmax(self, logits: Tensor) -> Tensor:
         if self.scale != 1.0:
@@ -97,41 +151,59 @@ class _Logits:
 
 
 class _Chunked(torch.autograd.Function):
-    """Attention over chunks of queries; backward forms each chunk's softmax again."""
+    """Attention over chunks of queries; backward forms each chunk's softmax again.
+
+    Where all the rows together are no larger than the projections, they are kept instead.
+    """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         logits = _Logits(q, k, scale)
-        y = v.new_empty(q.shape[0], q.shape[1], v.shape[2])
-        shifts = []
+        y = empty_as(v, q.shape[1])
+        keep = any(ctx.needs_input_grad[:3]) and fits(k.shape[1], v.shape[2])
+        kept: list[Tensor] = []
+        ctx.shifts = []
         for b, i in chunks(q.shape[0], q.shape[1], k.shape[1]):
             p, shift = logits.rows(b, i)
-            shifts.append(shift)
-            y[b, i] = torch.bmm(p.to(v.dtype), v[b])
-        ctx.save_for_backward(q, k, v)
-        ctx.scale, ctx.shifts = scale, shifts
+            weights = p.to(v.dtype)
+            ctx.shifts.append(shift)
+            if keep:
+                kept.append(weights.clone() if weights is p else weights)
+            y[b, i] = apply_map(weights, v[b])
+        ctx.save_for_backward(q, k, v, *kept)
+        ctx.scale = scale
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v = ctx.saved_tensors
+        q, k, v, *kept = ctx.saved_tensors
         logits = _Logits(q, k, ctx.scale)
         dtype = logits.dtype
         values = v.to(dtype)
-        dq = q.new_empty(q.shape)
+        dq = empty_as(q, q.shape[1])
         dk = torch.zeros(k.shape, dtype=accumulator(dtype), device=k.device)
         dv = torch.zeros(v.shape, dtype=accumulator(dtype), device=v.device)
+        workspace = _Workspace(q, dtype)
         pieces = chunks(q.shape[0], q.shape[1], k.shape[1])
-        for (b, i), shift in zip(pieces, ctx.shifts, strict=True):
+        for index, (b, i) in enumerate(pieces):
             queries, grad = q[b, i].to(dtype), dy[b, i].to(dtype)
-            p, _ = logits.rows(b, i, shift)
+            p = kept[index].to(dtype) if kept else logits.again(b, i, ctx.shifts[index])
             _add_product(dv[b], p, grad, 1.0)
-            dp = torch.bmm(grad, values[b].transpose(1, 2))
-            ds = torch._softmax_backward_data(dp, p, -1, dtype)
-            dq[b, i] = torch.bmm(ds, logits.k[b]).mul_(ctx.scale)
+            dp = workspace.take(*p.shape)
+            torch.bmm(grad, values[b].transpose(1, 2), out=dp)
+            ds = _softmax_backward(dp, p, -1, dtype, grad_input=dp)
+            dq[b, i] = apply_map(ds, logits.k[b]).mul_(ctx.scale)
             _add_product(dk[b], ds, queries, ctx.scale)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
+
+
+def empty_as(tokens: Tensor, count: int) -> Tensor:
+    """(B, count, C) uninitialised, in memory as ``tokens`` lies: tokens or channels first."""
+    batch, channels = tokens.shape[0], tokens.shape[2]
+    if tokens.stride(1) == 1:
+        return tokens.new_empty(batch, channels, count).transpose(1, 2)
+    return tokens.new_empty(batch, count, channels)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from nlsurgery.blocks.affinity_dot import reassociation_pays
+from nlsurgery.blocks.affinity_softmax import fits
 from nlsurgery.blocks.geometry import choice
 from nlsurgery.errors import BlockError
 
@@ -92,7 +93,7 @@ def _softmax_on_cpu(num_keys: int, head_size: int, value_size: int, dtype: torch
     if dtype == torch.bfloat16:
         # The others form float32 logits by float32 products.
         return "chunked"
-    if num_keys <= value_size:
+    if fits(num_keys, value_size):
         return "explicit"
     # torch's fused attention falls back to an N×M tensor where the two sizes differ.
     return "fused" if head_size == value_size else "chunked"
