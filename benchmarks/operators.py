@@ -1,15 +1,18 @@
 """Non-local blocks against their peers: time of forward and training step, and peak memory.
 
-    python benchmarks/operators.py                       # the shapes of the table, CPU
+    python benchmarks/operators.py --rows rows.jsonl     # all shapes, CPU
     python benchmarks/operators.py --shapes res3@512 --modes dot_product --threads 2
     python benchmarks/operators.py --device cuda --dtypes float32 float16
-    python benchmarks/operators.py --out benchmarks/results/operators_cpu.md
+    python benchmarks/operators.py --rows rows.jsonl --shapes --out benchmarks/results/operators_cpu.md \
+        --picture benchmarks/results/operators_cpu.png
 
-Every block has the same channels and the same input. Times are medians of interleaved rounds, so
-that a slow minute of the machine meets all alike, and are process CPU time on a CPU (wall time on
-an accelerator): only their ratios mean something. Peak memory is measured in a process of its
-own, above that of the built block and its input. A peer that is not installed, or cannot run, is
-named as such in the table.
+Every block has the same channels, the same input and projections of torch's default init (so that
+softmax rows are as peaked as after training). Times are medians of interleaved rounds, so that a
+slow minute of the machine meets all alike, and are process CPU time on a CPU (wall time on an
+accelerator): only their ratios mean something. Peak memory is measured in a process of its own,
+above that of the built block and its input. A peer that is not installed, or cannot run, is named
+as such in the table. Rows are appended as they are made, and lines of the same shape, mode, dtype
+and pass are left out: a run can be stopped and taken up again.
 """
 
 from __future__ import annotations
@@ -17,18 +20,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.operators_table import draw, key, page, read_rows
 from nlsurgery.blocks import NonLocal
 
 #: Batch, channels and spatial sizes. The first six are ResNet-50's at the named input sizes.
@@ -43,8 +50,9 @@ SHAPES: dict[str, tuple[int, ...]] = {
 }
 MODES = ("embedded_gaussian", "dot_product", "concatenation")
 #: mmcv's concatenation forms (B, C, N, N): beyond this many bytes it is left out ("–").
-PAIR_LIMIT = 1 << 30
+PAIR_LIMIT = 4 << 30
 SCALING = (24, 48, 96)
+PASSES = {"forward": "forward", "train": "training"}
 
 
 class ArticleBlock(nn.Module):
@@ -148,6 +156,9 @@ def prepared(
         raise NotImplementedError(f"one of its tensors would take {pair_bytes >> 20} MB")
     torch.manual_seed(0)
     block = BLOCKS[name](shape[1], len(shape) - 2, mode)
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            module.reset_parameters()
     kind = getattr(torch, dtype)
     block = block.to(options.device, kind).train(train)
     return block, torch.randn(shape, device=options.device, dtype=kind, requires_grad=train)
@@ -221,89 +232,88 @@ def times(
     return result | {name: statistics.median(values) for name, values in taken.items()}
 
 
-def cell(value: float | str | None, base: float) -> str:
-    return f"{value / base:.2f}" if isinstance(value, float) else str(value or "fails")
+def product_flops(shape: tuple[int, ...], mode: str, form: str) -> float:
+    """FLOPs of the matrix products in one forward of our block; multiply and add count as two."""
+    batch, channels, positions = shape[0], shape[1], math.prod(shape[2:])
+    inner = channels // 2
+    projections = 2 if mode == "concatenation" else 4
+    flops = 2.0 * batch * positions * channels * inner * projections
+    if form == "reassociated":
+        return flops + 4.0 * batch * positions * inner**2
+    if form == "sorted":
+        return flops
+    products = 1 if mode == "concatenation" else 2
+    return flops + 2.0 * products * batch * positions**2 * inner
 
 
-def table(options: argparse.Namespace) -> list[str]:
-    """The rows of the comparison, in Markdown."""
-    blocks = options.blocks
-    head = ["shape", "mode", "dtype", "pass", "form", *[f"{name} ×" for name in blocks[1:]]]
-    if options.memory:
-        head += ["our MB", *[f"{name} MB ×" for name in blocks[1:]]]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for shape_name in options.shapes:
-        for mode in options.modes:
-            for dtype in options.dtypes:
-                for train in options.passes:
-                    line = row(shape_name, mode, dtype, train == "train", options)
-                    lines.append("| " + " | ".join(line) + " |")
-                    print(lines[-1], flush=True)
-    return lines
+def gemm_peak(dtype: str, device: str, rounds: int = 7) -> float:
+    """The machine's measured FLOP/s of one square matrix product."""
+    size = 2048 if device == "cpu" else 8192
+    a, b = (torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    torch.mm(a, b)
+    taken = []
+    for _ in range(rounds):
+        start = clock(device)
+        torch.mm(a, b)
+        taken.append(clock(device) - start)
+    return float(2 * size**3 / statistics.median(taken))
 
 
-def row(
+def measure(
     shape_name: str, mode: str, dtype: str, train: bool, options: argparse.Namespace
-) -> list[str]:
-    """One line: the form that auto took, then every peer's cost over ours."""
+) -> dict[str, Any]:
+    """One line: seconds, and with ``--memory`` MB, of every block."""
     shape = SHAPES[shape_name]
     taken = times(shape, mode, options, dtype, train)
-    base = taken[options.blocks[0]]
-    assert isinstance(base, float)
     block = NonLocal(shape[1], dims=len(shape) - 2, mode=mode)
     form = block.chosen_implementation(shape, dtype=getattr(torch, dtype), device=options.device)
-    line = [shape_name, mode, dtype, "training" if train else "forward", form]
-    line += [cell(taken[name], base) for name in options.blocks[1:]]
+    row: dict[str, Any] = {
+        "shape": shape_name,
+        "mode": mode,
+        "dtype": dtype,
+        "pass": "training" if train else "forward",
+        "threads": options.threads,
+        "device": options.device,
+        "form": form,
+        "seconds": taken,
+    }
+    if not train:
+        flops = product_flops(shape, mode, form)
+        row["bound"] = flops / gemm_peak(dtype, options.device)
     if options.memory:
-        runs = [name for name in options.blocks if isinstance(taken[name], float)]
-        used = {
-            name: peak_elsewhere(name, shape_name, mode, options, dtype, train) for name in runs
-        }
-        own = used[options.blocks[0]]
-        line.append(f"{own:.0f}" if own else "fails")
-        line += [
-            cell(used.get(name), own or 1.0) if name in used else "–" for name in options.blocks[1:]
-        ]
-    return line
+        runs = [name for name in options.blocks if isinstance(taken.get(name), float)]
+        used = {n: peak_elsewhere(n, shape_name, mode, options, dtype, train) for n in runs}
+        row["megabytes"] = {name: value for name, value in used.items() if value}
+    return row
 
 
-def slopes(options: argparse.Namespace) -> list[str]:
+def growth(mode: str, options: argparse.Namespace) -> dict[str, Any]:
     """Growth of our forward time with N: the slope of log time over log N."""
-    lines = ["| mode | N | slope |", "|---|---|---|"]
-    for mode in options.modes:
-        taken = []
-        for side in SCALING:
-            shape = (1, 256, side, side)
-            block, x = prepared("nlsurgery", shape, mode, options, "float32", False)
-            values = []
-            for _ in range(options.rounds + 1):
-                start = clock(options.device)
-                step(block, x, False)
-                values.append(clock(options.device) - start)
-            taken.append(statistics.median(values[1:]))
-        ratio = (
-            torch.tensor(taken[-1] / taken[0]).log()
-            / torch.tensor((SCALING[-1] / SCALING[0]) ** 2).log()
-        )
-        lines.append(f"| {mode} | {SCALING[0] ** 2} to {SCALING[-1] ** 2} | {ratio.item():.2f} |")
-    return lines
-
-
-def versions() -> str:
-    found = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
-    for name in ("timm", "mmcv"):
-        try:
-            found.append(f"{name} {__import__(name).__version__}")
-        except ImportError:
-            found.append(f"{name} absent")
-    return ", ".join(found)
+    taken = []
+    for side in SCALING:
+        block, x = prepared("nlsurgery", (1, 256, side, side), mode, options, "float32", False)
+        values = []
+        for _ in range(options.rounds + 1):
+            start = clock(options.device)
+            step(block, x, False)
+            values.append(clock(options.device) - start)
+        taken.append(statistics.median(values[1:]))
+    slope = math.log(taken[-1] / taken[0]) / math.log((SCALING[-1] / SCALING[0]) ** 2)
+    sizes = [side**2 for side in SCALING]
+    return {
+        "growth": mode,
+        "threads": options.threads,
+        "N": sizes,
+        "seconds": taken,
+        "slope": slope,
+    }
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--shapes", nargs="+", default=list(SHAPES)[:4], choices=SHAPES)
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=SHAPES)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--passes", nargs="+", default=["forward", "train"])
@@ -313,35 +323,41 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--memory", action="store_true", help="measure peak memory as well")
     parser.add_argument("--scaling", action="store_true", help="measure growth with N as well")
+    parser.add_argument("--rows", type=Path, help="JSON lines to append to and resume from")
     parser.add_argument("--out", type=Path, help="a Markdown file to write")
+    parser.add_argument("--picture", type=Path, help="a PNG to write")
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--train", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
-    """Measure and print; with ``--out`` write the table."""
+    """Measure and print; with ``--out`` and ``--picture`` write the results."""
     options = arguments()
     torch.set_num_threads(options.threads)
     if options.peak:
         shape, mode, dtype = SHAPES[options.shapes[0]], options.modes[0], options.dtypes[0]
         print(json.dumps(peak(options.peak, shape, mode, options, dtype, options.train)))
         return
-    lines = table(options)
+    rows = read_rows(options.rows)
+
+    def keep(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if options.rows:
+            with options.rows.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    for case in product(options.shapes, options.modes, options.dtypes, options.passes):
+        if not any(key(row) == (*case[:3], PASSES[case[3]]) for row in rows):
+            keep(measure(*case[:3], case[3] == "train", options))
     if options.scaling:
-        lines += ["", *slopes(options)]
+        for mode in options.modes:
+            keep(growth(mode, options))
     if options.out:
-        command = "python benchmarks/operators.py " + " ".join(sys.argv[1:])
-        head = [
-            "# Operators on a CPU" if options.device == "cpu" else "# Operators on a GPU",
-            "",
-            f"`{command}`",
-            "",
-            f"{versions()}; {platform.machine()}, {options.threads} threads. Each number is a "
-            "peer's cost over ours (above 1: ours is faster or leaner); within 0.15 of 1 is a tie.",
-            "",
-        ]
-        options.out.write_text("\n".join([*head, *lines, ""]))
+        options.out.write_text(page(rows, options.device))
+    if options.picture:
+        draw(rows, options.picture)
 
 
 if __name__ == "__main__":

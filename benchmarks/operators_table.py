@@ -1,0 +1,133 @@
+"""The page and the picture of ``benchmarks/operators.py``, from its rows."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OURS = "nlsurgery"
+Row = dict[str, Any]
+
+
+def read_rows(path: Path | None) -> list[Row]:
+    """Rows of an earlier run; none where the file is missing."""
+    if path is None or not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def key(row: Row) -> tuple[str, ...] | None:
+    """What a line of the table is told by; ``None`` for a line on growth."""
+    return None if "growth" in row else (row["shape"], row["mode"], row["dtype"], row["pass"])
+
+
+def page(rows: Sequence[Row], device: str) -> str:
+    """The results in Markdown."""
+    lines = [row for row in rows if key(row)]
+    peers = list(dict.fromkeys(n for row in lines for n in row["seconds"] if n != OURS))
+    threads = ", ".join(sorted({str(row["threads"]) for row in rows}))
+    parts = [
+        f"# Operators on a {device.upper().replace('CUDA', 'GPU')}",
+        "",
+        f"{versions()}; {platform.machine()}, {threads} thread(s). Medians of interleaved rounds. "
+        "Each number is a peer's cost over ours (above 1: ours is faster or leaner); within 0.15 of "
+        "1 is a tie. The article is the plain rewrite in `benchmarks/operators.py`. A dash: the "
+        "peer has no such form, or would need more than 4 GB in one tensor; fails: it raises. GEMM: "
+        "the share of our forward time that its matrix products would take at the speed of one "
+        "large product measured beside it.",
+        "",
+        "`python benchmarks/operators.py --rows rows.jsonl --memory --scaling`, then",
+        "`python benchmarks/operators.py --rows rows.jsonl --shapes --out …`",
+        "",
+        "## Time",
+        "",
+        *time_table(lines, peers),
+    ]
+    if any("megabytes" in row for row in lines):
+        parts += ["", "## Peak memory above the block and its input", ""]
+        parts += memory_table([row for row in lines if row.get("megabytes")], peers)
+    if grown := [row for row in rows if "growth" in row]:
+        parts += ["", "## Growth with N", "", "Slope of log time over log N, forward, C = 256.", ""]
+        parts += ["| mode | N | slope | time for 4× N |", "|---|---|---|---|"]
+        for row in grown:
+            sizes = f"{row['N'][0]:,} to {row['N'][-1]:,}"
+            factor = 4 ** row["slope"]
+            parts.append(f"| {row['growth']} | {sizes} | {row['slope']:.2f} | {factor:.1f}× |")
+    return "\n".join([*parts, ""])
+
+
+def time_table(rows: Sequence[Row], peers: Sequence[str]) -> list[str]:
+    """Peers' time over ours."""
+    head = ["shape", "mode", "dtype", "pass", "form", *[f"{name} ×" for name in peers], "GEMM"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        ours = row["seconds"][OURS]
+        bound = f"{row['bound'] / ours:.0%}" if "bound" in row else ""
+        cells = [row["shape"], row["mode"], row["dtype"], row["pass"], row["form"]]
+        cells += [ratio(row["seconds"].get(name), ours) for name in peers]
+        lines.append("| " + " | ".join([*cells, bound]) + " |")
+    return lines
+
+
+def memory_table(rows: Sequence[Row], peers: Sequence[str]) -> list[str]:
+    """Our megabytes, and peers' over ours."""
+    head = ["shape", "mode", "dtype", "pass", "our MB", *[f"{name} ×" for name in peers]]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for row in rows:
+        ours = row["megabytes"][OURS]
+        cells = [row["shape"], row["mode"], row["dtype"], row["pass"], f"{ours:.0f}"]
+        cells += [ratio(row["megabytes"].get(name), ours) for name in peers]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def ratio(value: float | str | None, ours: float) -> str:
+    """A cell: a ratio, or what kept the peer from running."""
+    return f"{value / ours:.2f}" if isinstance(value, float) else str(value or "–")
+
+
+def draw(rows: Sequence[Row], path: Path) -> None:
+    """Bars of the best peer's time over ours, one panel per mode, to a PNG."""
+    from matplotlib.figure import Figure
+
+    lines = [row for row in rows if key(row)]
+    modes = list(dict.fromkeys(row["mode"] for row in lines))
+    kinds = list(dict.fromkeys((row["dtype"], row["pass"]) for row in lines))
+    shapes = list(dict.fromkeys(row["shape"] for row in lines))
+    figure = Figure(figsize=(9, 2.4 * len(modes)), layout="constrained")
+    for axes, mode in zip(figure.subplots(len(modes), squeeze=False)[:, 0], modes, strict=True):
+        for offset, kind in enumerate(kinds):
+            places, values = [], []
+            for row in lines:
+                others = [
+                    v for n, v in row["seconds"].items() if n != OURS and isinstance(v, float)
+                ]
+                if row["mode"] == mode and (row["dtype"], row["pass"]) == kind and others:
+                    places.append(shapes.index(row["shape"]) + offset / (len(kinds) + 1))
+                    values.append(min(others) / row["seconds"][OURS])
+            axes.bar(
+                places, values, width=0.9 / (len(kinds) + 1), align="edge", label=", ".join(kind)
+            )
+        axes.axhline(1.0, color="black", linewidth=0.8)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter("{x:g}×")
+        axes.set_xticks([i + 0.4 for i in range(len(shapes))], shapes, fontsize=8)
+        axes.set_title(f"{mode}: the fastest peer's time over ours", fontsize=9)
+        axes.legend(fontsize=7, ncols=len(kinds))
+    figure.savefig(path, dpi=110)
+
+
+def versions() -> str:
+    """Python, torch and the peers."""
+    found = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    for name in ("timm", "mmcv"):
+        try:
+            found.append(f"{name} {__import__(name).__version__}")
+        except ImportError:
+            found.append(f"{name} absent")
+    return ", ".join(found)
