@@ -98,6 +98,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--pattern", default="*", help="only models whose library/name matches")
     parser.add_argument("--level", default=None, choices=LEVELS)
     parser.add_argument("--limit", type=int, default=240, help="seconds a model may take")
+    parser.add_argument("--minutes", type=float, help="start no further model after so long")
     parser.add_argument("--rows", type=Path, help="JSON lines to append to and resume from")
     parser.add_argument("--table", type=Path, help="write the Markdown page here")
     return parser.parse_args()
@@ -127,6 +128,11 @@ def main() -> int:
         if old is not None and LEVELS.index(old["level"]) >= LEVELS.index(level):
             tried.append(old)
             continue
+        if options.minutes and time.monotonic() - started > 60 * options.minutes:
+            print(
+                f"{options.minutes:g} minutes are over: {len(chosen) - len(tried)} models not tried"
+            )
+            break
         deeper = drawn and hashlib.sha256(entry.spec.encode()).digest()[0] < 26
         row = try_model(
             entry, "tools" if deeper else level, options.limit, SMALL if drawn else None

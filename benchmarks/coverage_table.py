@@ -58,12 +58,17 @@ def table(rows: Sequence[dict[str, Any]], totals: dict[str, int]) -> str:
         "block, copies that run blocks of their own.",
         "- **compile** (`fullgraph=True`), **export**, **fx**, **features_only**: on the operated model.",
         "",
+        "The letters of **recipes that fit** are explained below the table; *by depth*: a model of one "
+        "stage, for recipes with `after: {depth: …}`.",
+        "",
         "To run what is empty: `python benchmarks/coverage.py --level tools --table docs/coverage.md`.",
         "",
         "| model | layout | stages (blocks) | recipes that fit | " + " | ".join(COLUMNS) + " |",
         "|---|---|---|---|" + "---|" * len(COLUMNS),
     ]
-    lines += [_line(row) for row in rows]
+    sets = _recipe_sets(rows)
+    lines += [_line(row, sets) for row in rows]
+    lines += ["", "## Recipes that fit", "", *_legend(sets)]
     lines += ["", "## Where timm's `feature_info` says something else", ""]
     lines += [
         f"- `{row['spec']}` {row['hints'].removeprefix('differs: ')}"
@@ -97,7 +102,32 @@ def _cell(row: dict[str, Any], column: str) -> str:
     return str(row.get(column, ""))
 
 
-def _line(row: dict[str, Any]) -> str:
+def _recipe_sets(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, ...], str]:
+    """A letter for every set of packaged recipes that fits some model, the largest set first."""
+    found = {tuple(row["recipes"]) for row in rows if row.get("recipes")}
+    order = sorted(found, key=lambda names: (-len(names), names))
+    return {names: _letters(index) for index, names in enumerate(order)}
+
+
+def _letters(index: int) -> str:
+    return ("" if index < 26 else chr(64 + index // 26)) + chr(65 + index % 26)
+
+
+def _legend(sets: dict[tuple[str, ...], str]) -> list[str]:
+    packaged = sorted({name for names in sets for name in names})
+    lines = []
+    for names, letter in sets.items():
+        missing = [name for name in packaged if name not in names]
+        text = (
+            ", ".join(names)
+            if len(names) <= len(missing)
+            else "all" + (f" but {', '.join(missing)}" if missing else "")
+        )
+        lines.append(f"- **{letter}** ({len(names)} of {len(packaged)}): {text}")
+    return lines
+
+
+def _line(row: dict[str, Any], sets: dict[tuple[str, ...], str]) -> str:
     stages = " ".join(
         f"{fqn or name} ({count})" for name, fqn, _, _, _, count in row.get("stages", ())
     )
@@ -105,7 +135,7 @@ def _line(row: dict[str, Any]) -> str:
         row["spec"],
         row.get("layout", ""),
         stages,
-        " ".join(row.get("recipes", ())) or "by depth",
+        sets.get(tuple(row.get("recipes", ())), "by depth"),
         *(_cell(row, column) for column in COLUMNS),
     ]
     return "| " + " | ".join(cell.replace("|", "/").replace("\n", " ") for cell in cells) + " |"

@@ -44,9 +44,16 @@ def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> 
         return apply_map(softmax_map(q, k, scale), v)
     with without_autocast(q):
         if form == "fused" or torch.compiler.is_compiling():
-            query, key, value = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+            query, key, value = (_fusable(tokens).unsqueeze(1) for tokens in (q, k, v))
             return F.scaled_dot_product_attention(query, key, value, scale=scale).squeeze(1)
         return _Chunked.apply(q, k, v, scale)  # type: ignore[no-any-return]
+
+
+def _fusable(tokens: Tensor) -> Tensor:
+    """Tokens whose channels are contiguous: on others torch silently forms the N×M tensor."""
+    if torch.compiler.is_compiling() or tokens.device.type != "cpu":
+        return tokens
+    return tokens if tokens.stride(2) == 1 else tokens.contiguous()
 
 
 def fits(num_keys: int, value_size: int) -> bool:

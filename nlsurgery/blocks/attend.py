@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nlsurgery.blocks.affinity_concat import concatenation_attend
@@ -14,9 +13,8 @@ from nlsurgery.blocks.affinity_dot import dot_product_attend
 from nlsurgery.blocks.affinity_softmax import softmax_attend
 from nlsurgery.blocks.choose import choose_implementation
 from nlsurgery.blocks.geometry import to_map, to_tokens
-from nlsurgery.blocks.residual import is_plain
+from nlsurgery.blocks.residual import convolve, is_plain
 
-_CONV = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -119,4 +117,4 @@ def logit_part(x: Tensor, projection: nn.Module | None, weight: Tensor, first: b
         side = side @ projection.weight.flatten(1)  # type: ignore[operator]
     elif projection is not None:
         x = projection(x)
-    return _CONV[x.dim()](x, side.view(1, -1, *[1] * (x.dim() - 2)), bias)
+    return convolve(x, side.view(1, -1, *[1] * (x.dim() - 2)), bias)

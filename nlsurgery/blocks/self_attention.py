@@ -12,9 +12,11 @@ from nlsurgery.blocks.attend import attend, laid_out
 from nlsurgery.blocks.choose import checked_implementation
 from nlsurgery.blocks.geometry import checked_input, pointwise, reduced, to_tokens
 from nlsurgery.blocks.registration import register
-from nlsurgery.blocks.residual import add_gated
+from nlsurgery.blocks.residual import add_gated, project
 
-for _name in ("add_gated", "attend", "checked_input", "laid_out", "softmax_map", "to_tokens"):
+for _name in ("add_gated", "attend", "checked_input", "laid_out", "project"):
+    torch.fx.wrap(_name)
+for _name in ("softmax_map", "to_tokens"):
     torch.fx.wrap(_name)
 
 Implementation = Literal["auto", "explicit", "fused", "chunked"]
@@ -81,7 +83,7 @@ class SelfAttention(nn.Module):
         """
         x = checked_input(x, self.in_channels, self.dims)
         source = laid_out(x, _MODE, self._sizes, False, self.implementation)
-        q, k, v = self.query(source), self.key(source), self.value(source)
+        q, k, v = (project(layer, source) for layer in (self.query, self.key, self.value))
         y = attend(q, k, v, _MODE, 1.0, self.implementation)
         return add_gated(x, y, self.gamma)
 

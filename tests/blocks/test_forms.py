@@ -147,6 +147,26 @@ def test_auto_on_cpu_never_forms_the_pairwise_tensor(head_size, value_size):
     assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in names) == (not chunked)
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("hooked", [False, True], ids=["plain", "hooked"])
+def test_clips_take_the_flash_path_and_equal_the_convolutions(channels_last, hooked):
+    block = NonLocal(16, 8, dims=3, implementation="fused", zero_init=False).eval()
+    explicit = NonLocal(16, 8, dims=3, implementation="explicit", zero_init=False).eval()
+    explicit.load_state_dict(block.state_dict())
+    if hooked:
+        for module in (block.theta, block.phi, block.g, explicit.out):
+            module.register_forward_hook(lambda *_: None)
+    x = torch.randn(2, 16, 3, 9, 11)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last_3d)
+    with torch.profiler.profile() as profile, torch.no_grad():
+        y = block(x)
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names
+    assert y.stride() == x.stride()
+    torch.testing.assert_close(y, explicit(x), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_either_memory_format_takes_the_flash_path(memory_format):
     block = NonLocal(16, 8, implementation="fused").to(memory_format=memory_format)
