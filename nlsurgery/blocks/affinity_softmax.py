@@ -23,8 +23,9 @@ CHUNK_BYTES = 16 << 20
 #: Beyond this size (times the root of the row's largest weight), rounding a logit to bfloat16
 #: shows in the result.
 ROUNDED_LOGIT = 2.0
-#: How many rows of a chunk are looked at first.
+#: How many rows of a chunk are looked at first, and one key in how many.
 FEW_ROWS = 32
+SAMPLED = 8
 
 
 def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> Tensor:
@@ -92,8 +93,9 @@ class _Logits:
 
     In bfloat16 on a CPU a float32 product takes more than twice as long, and no product of
     bfloat16 gives float32. There the product runs in bfloat16, and where a row's largest logit
-    m is so large that rounding it matters, once more with -m in the accumulator: the logits that
-    weigh are then near 0, where bfloat16 is fine enough.
+    m is so large that rounding it matters, with -m in the accumulator: the logits that weigh are
+    then near 0, where bfloat16 is fine enough. A sample of the keys gives a guess of m; rows that
+    it misses are done again.
     """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float) -> None:
@@ -114,17 +116,48 @@ class _Logits:
         They lie in the workspace, and hold until the next call.
         """
         queries, keys = self._factors(b, i)
+        if self.rounded and (guess := self._guess(queries, keys)) is not None:
+            return self._shifted(queries, keys, guess)
         logits = self._product(queries, keys, None)
         if not self.rounded or self._largest(logits) <= ROUNDED_LOGIT:
             return self._softmax(logits), None
         top = logits.amax(-1, keepdim=True)
-        few = max(1, top.shape[1] // FEW_ROWS)
-        # A few rows often say it already; else every row's weights are looked at.
-        if not self._matters(top[:, ::few], torch.softmax(logits[:, ::few] * self.scale, -1)):
-            p = self._softmax(logits)
-            if not self._matters(top, p):
-                return p, None
+        p = self._softmax(logits)
+        if not self._matters(top, p).any():
+            return p, None
         return self._softmax(self._product(queries, keys, top)), top
+
+    def _guess(self, queries: Tensor, keys: Tensor) -> Tensor | None:
+        """An estimate of each row's largest logit, (B, n, 1), from one key in :data:`SAMPLED`.
+
+        ``None`` for small chunks, and where a few whole rows say that rounding does not show.
+        """
+        every = queries.shape[1] // FEW_ROWS
+        if every < 4 or keys.shape[2] < 16 * SAMPLED:
+            return None
+        logits = torch.bmm(queries[:, ::every], keys)
+        top = logits.amax(-1, keepdim=True)
+        if not self._matters(top, torch.softmax(logits * self.scale, -1)).any():
+            return None
+        guess = torch.bmm(queries, keys[:, :, ::SAMPLED]).amax(-1, keepdim=True)
+        return guess + (top - guess[:, ::every]).median()
+
+    def _shifted(self, queries: Tensor, keys: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows by a guessed shift; those whose largest logit it misses by too much once more."""
+        logits = self._product(queries, keys, shift)
+        top = logits.amax(-1, keepdim=True)
+        p = self._softmax(logits)
+        missed = self._matters(top, p)
+        shift = torch.where(missed, shift + top, shift)
+        if 2 * missed.sum().item() > missed.numel():
+            return self._softmax(self._product(queries, keys, shift)), shift
+        for item, rows in enumerate(missed.squeeze(2)):
+            again = rows.nonzero().squeeze(1)
+            if again.numel():
+                one = slice(item, item + 1)
+                exact = torch.baddbmm(-shift[one, again], queries[one, again], keys[one])
+                p[item, again] = self._softmax(exact)[0]
+        return p, shift
 
     def _factors(self, b: slice, i: slice) -> tuple[Tensor, Tensor]:
         return self.q[b, i].to(self.dtype), self.k[b].transpose(1, 2)
@@ -141,15 +174,17 @@ class _Logits:
         low, high = logits.aminmax()
         return abs(self.scale) * max(-low.item(), high.item())
 
-    def _matters(self, top: Tensor, p: Tensor) -> bool:
-        """Whether rounding shows: it grows with a logit, and averages out over keys of like weight.
+    def _matters(self, top: Tensor, p: Tensor) -> Tensor:
+        """Where rounding shows: it grows with a logit, and averages out over keys of like weight.
 
         Args:
             top: (B, n, 1), the rows' largest logits.
             p: (B, n, M), their probabilities.
+
+        Returns:
+            (B, n, 1) of bool.
         """
-        seen = top.abs() * abs(self.scale) * p.amax(-1, keepdim=True).sqrt()
-        return not seen.amax().item() <= ROUNDED_LOGIT
+        return top.abs() * abs(self.scale) * p.amax(-1, keepdim=True).sqrt() > ROUNDED_LOGIT
 
     def _softmax(self, logits: Tensor) -> Tensor:
         if self.scale != 1.0:
