@@ -98,6 +98,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--pattern", default="*", help="only models whose library/name matches")
     parser.add_argument("--level", default=None, choices=LEVELS)
     parser.add_argument("--limit", type=int, default=240, help="seconds a model may take")
+    parser.add_argument(
+        "--most-params",
+        type=float,
+        help=f"millions; larger models stay at the level 'graph' (a drawn sample: {SMALL / 1e6:g})",
+    )
     parser.add_argument("--minutes", type=float, help="start no further model after so long")
     parser.add_argument("--rows", type=Path, help="JSON lines to append to and resume from")
     parser.add_argument("--table", type=Path, help="write the Markdown page here")
@@ -118,6 +123,7 @@ def main() -> int:
         for entry in select(entries, "all", pattern=options.pattern):
             if entry.spec not in params:
                 params[entry.spec] = sum(p.numel() for p in build(entry).parameters())
+    most = int(1e6 * options.most_params) if options.most_params else SMALL if drawn else None
     chosen = []
     if options.sample != "none":
         chosen = select(entries, options.sample, options.seed, options.pattern, params)
@@ -134,9 +140,7 @@ def main() -> int:
             )
             break
         deeper = drawn and hashlib.sha256(entry.spec.encode()).digest()[0] < 26
-        row = try_model(
-            entry, "tools" if deeper else level, options.limit, SMALL if drawn else None
-        )
+        row = try_model(entry, "tools" if deeper else level, options.limit, most)
         rows[entry.spec] = row
         tried.append(row)
         for problem in failures(row):

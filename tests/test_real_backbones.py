@@ -199,3 +199,18 @@ def test_onnx_export_gives_the_same_numbers(
     torch.onnx.export(operated, (image,), path, dynamo=True, verbose=False)
     (output,) = onnx_reference.ReferenceEvaluator(str(path)).run(None, {"x": image.numpy()})
     torch.testing.assert_close(torch.from_numpy(output), operated(image), rtol=1e-3, atol=1e-3)
+
+
+def test_keypoint_head_takes_four_blocks_and_its_detector_stays_the_same():
+    detector = get_model("keypointrcnn_resnet50_fpn", weights=None, weights_backbone=None).eval()
+    keys = list(detector.state_dict())
+    regions = torch.randn(3, 256, 14, 14)
+    head = detector.roi_heads.keypoint_head
+    with torch.no_grad():
+        before = head(regions)
+        nlsurgery.apply(head, "keypoint_head_4blocks", example_input=regions[:1])
+        assert torch.equal(head(regions), before)
+    assert [i.block for i in nlsurgery.report(head).insertions] == ["3", "7", "11", "15"]
+    assert set(keys) <= set(detector.state_dict())
+    nlsurgery.remove(head)
+    assert list(detector.state_dict()) == keys
