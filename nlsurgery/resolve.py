@@ -241,8 +241,9 @@ def _roles(tree: CallTree, block: str) -> Iterator[tuple[str, str]]:
     """Places by role: ``after_conv<k>`` and ``before_add``, on the block's main branch.
 
     ``after_conv<k>`` is behind the k-th convolution and the normalisation that follows it, before the
-    activation (many networks share one activation module, which can host nothing). ``before_add`` is the
-    last place of the main branch before the shortcut is added.
+    activation (many networks share one activation module, which can host nothing); a basic block's second
+    is its third as well, so that one recipe fits networks of either kind. ``before_add`` is the last place
+    of the main branch before the shortcut is added.
     """
     call = tree.by_fqn[block]
     main = _main_branch(tree, call)
@@ -259,6 +260,9 @@ def _roles(tree: CallTree, block: str) -> Iterator[tuple[str, str]]:
         else:
             after[number] = kid
         node = tree.node_of(kid)
+    if number == 2:
+        # A bottleneck's last position, on a basic block alike.
+        after[3] = after[2]
     for k, kid in after.items():
         yield f"after_conv{k}", kid.fqn.removeprefix(block + ".")
     last = _before_add(tree, call, main)

@@ -42,6 +42,8 @@ def meta(spec: str, **options: Any) -> nn.Module:
         ("timm/resnet50", "before_add", "layer3.5.bn3"),
         ("timm/seresnet50", "before_add", "layer3.5.se"),
         ("timm/resnet18", "after_conv2", "layer3.1.bn2"),
+        ("timm/resnet18", "after_conv3", "layer3.1.bn2"),
+        ("torchvision/resnet34", "after_conv3", "layer3.5.bn2"),
         ("timm/resnet18", "before_add", "layer3.1.bn2"),
         ("torchvision/resnet50", "after_conv2", "layer3.5.bn2"),
         ("torchvision/resnet50", "before_add", "layer3.5.bn3"),
