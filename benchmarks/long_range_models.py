@@ -22,7 +22,6 @@ VARIANTS = ("none", "non_local", "conv", "se")
 PLACES = ((2, (0, 1), 40), (4, (0, 1, 2), 112))
 
 
-@register("plain_conv", source="a bottleneck of plain convolutions, for comparison")
 class PlainConv(ProjectedBlock):
     """z = x + norm(1×1 (ReLU (3×3 (ReLU (1×1 x))))), the norm zero at init; 3×3×3 on clips."""
 
@@ -41,6 +40,11 @@ class PlainConv(ProjectedBlock):
     def attended(self, x: Tensor) -> Tensor:
         """(B, C, *spatial) to (B, width, *spatial)."""
         return cast(Tensor, self.spatial(self.squeeze(x).relu()).relu())
+
+
+def register_plain_conv() -> None:
+    """Let recipes of this process name :class:`PlainConv`, ``plain_conv``; to be called once."""
+    register("plain_conv", source="a bottleneck of plain convolutions, for comparison")(PlainConv)
 
 
 class PerFrame(nn.Module):

@@ -115,6 +115,7 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             )
         axes.axhline(1.0, color="black", linewidth=0.8)
         axes.set_yscale("log", base=2)
+        axes.set_ylim(0.5, max(2.0, axes.get_ylim()[1]))
         axes.yaxis.set_major_formatter("{x:g}×")
         axes.set_xticks([i + 0.4 for i in range(len(shapes))], shapes, fontsize=8)
         axes.set_title(f"{mode}: the fastest peer's time over ours", fontsize=9)

@@ -5,10 +5,17 @@ import pytest
 import torch
 
 from benchmarks.long_range import Size, data
-from benchmarks.long_range_data import DIGIT, corners, moves, normalised, own_digits
-from benchmarks.long_range_models import Backbone, build, parameters_of, recipe, train_mode
+from benchmarks.long_range_data import DIGIT, all_digits, corners, moves, normalised, own_digits
+from benchmarks.long_range_models import (
+    Backbone,
+    build,
+    parameters_of,
+    recipe,
+    register_plain_conv,
+    train_mode,
+)
 from benchmarks.long_range_table import draw, page, read_rows
-from nlsurgery.integrations.demo import demo_digits
+from nlsurgery.blocks import BLOCK_TYPES
 
 
 def test_no_validation_digit_is_trained_on():
@@ -17,7 +24,7 @@ def test_no_validation_digit_is_trained_on():
 
 
 def label_of(patch, split):
-    images, digits = demo_digits()
+    images, digits = all_digits()
     own = own_digits(split)
     distance = np.abs(images[own].astype(int) - patch.astype(int)).sum((1, 2))
     assert distance.min() == 0
@@ -72,6 +79,14 @@ def test_convolutions_have_the_parameters_of_the_non_local_blocks(dims):
     assert abs(got - wanted) <= 0.02 * wanted
 
 
+@pytest.fixture
+def _plain_conv():
+    register_plain_conv()
+    yield
+    del BLOCK_TYPES["plain_conv"]
+
+
+@pytest.mark.usefixtures("_plain_conv")
 @pytest.mark.parametrize("variant", ["non_local", "conv", "se"])
 @pytest.mark.parametrize("shape", [(1, 48, 48), (1, 2, 32, 32)], ids=["image", "clip"])
 def test_every_variant_starts_as_the_backbone_and_trains_what_it_should(variant, shape):
