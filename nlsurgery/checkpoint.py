@@ -10,7 +10,9 @@ import contextlib
 import json
 import os
 import pickle
+import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -169,12 +171,15 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         return _read_safetensors(file)[0]
     _require_file(file)
     try:
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore", UserWarning
+            )  # torch on the pickle protocol: the error says it
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else "unreadable pickle"
         raise CheckpointError(
-            f"{path} cannot be read safely: it is damaged, or holds Python objects beside tensors "
-            f"({reason[:200]}). Save its state_dict alone, or as .safetensors"
+            f"{path} cannot be read safely: it is damaged, or holds Python objects beside tensors"
+            f"{_refused_object(error)}. Save its state_dict alone, or as .safetensors"
         ) from error
     except Exception as error:
         raise CheckpointError(
@@ -182,6 +187,14 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
             f"({type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''})"
         ) from error
     return _find_state(loaded, str(path))
+
+
+def _refused_object(error: pickle.UnpicklingError) -> str:
+    """Name what torch's safe loader refused; the rest of its text advises to load unsafely."""
+    found = re.search(
+        r"unsupported global: ?GLOBAL ([\w.]+)|unsupported GLOBAL ([\w.]+)", str(error), re.I
+    )
+    return f" ({found[1] or found[2]})" if found else ""
 
 
 def _find_state(loaded: Any, origin: str) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import operator
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -613,16 +614,28 @@ def candidate_sizes(model: nn.Module, input_size: Sequence[int] | None) -> list[
     """List the input sizes to try, the likeliest first: (C, H, W), or (C, T, H, W) for video."""
     channels, video = _first_projection(model)
     if input_size is not None:
-        size = tuple(int(value) for value in input_size)
-        if len(size) not in (2, 3, 4) or min(size) < 1:
-            raise ModelError(
-                f"input_size must be (H, W), (C, H, W) or (C, T, H, W) with positive sizes, "
-                f"but got {tuple(input_size)}"
-            )
+        size = _checked_size(input_size)
         return [(channels, *size)] if len(size) == 2 else [size]
     entry = registered(model)
     made_for = [tuple(entry.input_size)] if entry is not None and entry.input_size else []
     return [*made_for, *_likely_sizes(model, channels, video)]
+
+
+#: More pixels (or frames) a side than any input has: shapes beyond overflow before they are refused.
+_MAX_SIDE = 1_000_000
+
+
+def _checked_size(input_size: object) -> tuple[int, ...]:
+    try:
+        size = tuple(operator.index(value) for value in input_size)  # type: ignore[attr-defined]
+    except TypeError:
+        size = ()
+    if len(size) not in (2, 3, 4) or min(size) < 1 or max(size) > _MAX_SIDE:
+        raise ModelError(
+            f"input_size must be (H, W), (C, H, W) or (C, T, H, W) in positive whole numbers up to "
+            f"{_MAX_SIDE:,}, but got {input_size!r}"
+        )
+    return size
 
 
 def _likely_sizes(model: nn.Module, channels: int, video: bool) -> list[tuple[int, ...]]:

@@ -107,11 +107,12 @@ def _find(recipe: str | Path) -> tuple[Path, str]:
 
 def _read_yaml(path: Path, origin: str) -> dict[str, Any]:
     try:
-        raw = path.read_bytes()
+        size = path.stat().st_size
+        raw = path.read_bytes() if size <= _MAX_BYTES else b""
     except OSError as error:
         raise RecipeError(f"{origin} cannot be read: {error.strerror}") from error
-    if len(raw) > _MAX_BYTES:
-        raise RecipeError(f"{origin} has {len(raw):,} bytes; a recipe has at most {_MAX_BYTES:,}")
+    if size > _MAX_BYTES:
+        raise RecipeError(f"{origin} has {size:,} bytes; a recipe has at most {_MAX_BYTES:,}")
     try:
         text = raw.decode("utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)

@@ -93,11 +93,9 @@ def report(model: nn.Module) -> SurgeryReport:
     """
     check_operable(model)
     insertions = []
-    prefixes = []
     paths = {id(module): name for name, module in model.named_modules()}
     for _, _, inserted in hosts(model):
         base = paths[id(inserted)]
-        prefixes.append(base + ".")
         blocks = inserted._modules.items()
         rows = zip(blocks, inserted.records, inserted.places, strict=True)
         for (name, block), record, (layout, _) in rows:
@@ -114,7 +112,7 @@ def report(model: nn.Module) -> SurgeryReport:
                     sum(p.numel() for p in block.parameters()) if block is not None else 0,
                 )
             )
-    keys = tuple(key for key in model.state_dict() if key.startswith(tuple(prefixes)) and prefixes)
+    keys = tuple(key for key in model.state_dict() if is_inserted_key(key)) if insertions else ()
     added = sum(row.num_params for row in insertions)
     everything = sum(p.numel() for p in model.parameters())
     return SurgeryReport(type(model).__name__, tuple(insertions), keys, added, everything - added)

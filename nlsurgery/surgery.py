@@ -20,7 +20,7 @@ from nlsurgery.resolve import check_float
 from nlsurgery.splice import Inserted, hosts, lost_places, splice, withdraw_all
 from nlsurgery.stages import Anatomy, find_stages
 from nlsurgery.tree import CallTree
-from nlsurgery.walk import check_operable
+from nlsurgery.walk import check_open, check_operable
 
 
 def inspect(
@@ -40,7 +40,7 @@ def inspect(
     Raises:
         ModelError: The model is wrapped, compiled or scripted, or does not run on such an input.
     """
-    checked = check_operable(model)
+    checked = check_open(model)
     return find_stages(CallTree(checked, probe(checked, input_size, example_input)))
 
 
@@ -78,7 +78,7 @@ def _plan(
     example_input: object | None,
 ) -> tuple[Plan, tuple[Redilation, ...]]:
     """Plan a recipe. Returns the plan and what its output stride changes first."""
-    check_float(check_operable(model))
+    check_float(check_open(model))
     changes: tuple[Redilation, ...] = ()
     target = model
     if recipe.output_stride is not None:
@@ -159,7 +159,7 @@ def remove(model: nn.Module) -> nn.Module:
     Returns:
         The same model.
     """
-    check_operable(model)
+    check_open(model)
     withdraw_all(model)
     undo_dilation(model)
     return model

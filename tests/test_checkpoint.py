@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -200,6 +202,28 @@ def test_unsafe_or_empty_torch_file_is_refused(tmp_path: Path, content: object, 
     torch.save(content, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match=word):
         read_state_dict(tmp_path / "a.pth")
+
+
+class _Code:
+    def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+        return os.mkdir, ("made-by-a-checkpoint",)
+
+
+@pytest.mark.parametrize("by_torch", [True, False], ids=["torch", "plain-pickle"])
+def test_file_with_code_names_it_and_gives_no_unsafe_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_torch: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    content = {"state_dict": _Code()}
+    if by_torch:
+        torch.save(content, "a.pth")
+    else:
+        Path("a.pth").write_bytes(pickle.dumps(content))
+    with pytest.raises(CheckpointError, match="safely") as caught:
+        read_state_dict("a.pth")
+    assert "weights_only" not in str(caught.value)
+    assert not by_torch or "mkdir" in str(caught.value)
+    assert not Path("made-by-a-checkpoint").exists()
 
 
 def test_truncated_torch_file_is_refused(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -277,6 +278,70 @@ def test_error_in_the_middle_of_splicing_rolls_back(
 def test_wrapped_model_is_refused_with_the_way_out(model: nn.Module, wrap: Any, word: str) -> None:
     with pytest.raises(ModelError, match=word):
         nlsurgery.apply(wrap(model), FIVE)
+
+
+class Holder(nn.Module):
+    """A model whose network is a child of it."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)  # type: ignore[no-any-return]
+
+
+def _compiled_in_place(model: nn.Module) -> nn.Module:
+    model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    ("wrap", "word"),
+    [
+        pytest.param(
+            lambda m: Holder(torch.compile(m, backend="eager")), "net", id="compiled-child"
+        ),
+        pytest.param(lambda m: Holder(_compiled_in_place(m)), "net", id="compiled-in-place-child"),
+        pytest.param(_compiled_in_place, "compile", id="compiled-in-place"),
+        pytest.param(lambda m: Holder(nn.DataParallel(m)), "net", id="wrapped-child"),
+        pytest.param(lambda m: nn.Sequential(nn.LazyConv2d(3, 1), m), "lazy", id="lazy"),
+    ],
+)
+@pytest.mark.parametrize("act", [nlsurgery.inspect, nlsurgery.remove, nlsurgery.apply])
+def test_model_that_would_not_see_its_blocks_is_refused(
+    model: nn.Module, wrap: Any, word: str, act: Any
+) -> None:
+    wrapped = wrap(model)
+    before = [list(vars(module)) for module in wrapped.modules()]
+    with pytest.raises(ModelError, match=word):
+        act(wrapped, FIVE) if act is nlsurgery.apply else act(wrapped)
+    assert [list(vars(module)) for module in wrapped.modules()] == before
+
+
+def test_model_compiled_after_the_surgery_is_still_reported_and_saved(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    operated = _compiled_in_place(nlsurgery.apply(model, FIVE))
+    assert len(nlsurgery.report(operated).insertions) == 5
+    nlsurgery.verify(operated)
+    assert nlsurgery.save(operated, tmp_path / "a.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "size", ["x", 5, (3.5, 4), (0, 0), (2, 3, 4, 5, 6), (10**9, 10**9)], ids=str
+)
+def test_input_size_that_is_none_is_one_error(model: nn.Module, size: Any) -> None:
+    with pytest.raises(ModelError, match="input_size must be"):
+        nlsurgery.inspect(model, input_size=size)
+
+
+def test_new_keys_of_a_shared_module_have_all_its_names(model: nn.Module) -> None:
+    model.twin = model.get_submodule("layer3.0")
+    original = set(model.state_dict())
+    operated = nlsurgery.apply(model, recipe({"stage": "res4", "after": 0}))
+    assert set(nlsurgery.report(operated).new_keys) == set(operated.state_dict()) - original
+    assert any(key.startswith("twin.") for key in nlsurgery.report(operated).new_keys)
 
 
 def test_model_that_does_not_run_asks_for_an_input() -> None:
