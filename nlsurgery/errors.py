@@ -49,7 +49,7 @@ def close_names(name: str, known: Iterable[str], *, limit: int = 3) -> str:
     Returns:
         ``" (did you mean 'a' or 'b'?)"``, or the empty string.
     """
-    near = difflib.get_close_matches(name, list(known), n=limit, cutoff=0.5)
+    near = difflib.get_close_matches(name, list(dict.fromkeys(known)), n=limit, cutoff=0.5)
     if not near:
         return ""
     return " (did you mean " + " or ".join(repr(item) for item in near) + "?)"

@@ -103,10 +103,13 @@ class StateHook(Hook):
             raise Interrupted(runner.iter, saved=runner.iter > 0)
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
-        """Save once the epoch has been scored, with the model files."""
+        """Save once the epoch has been scored: the model files, and then the state that has the score.
+
+        A run that is killed between the two goes on from the state before the score, scores again and
+        writes the model files again; the other way round they would stay those of the epoch before.
+        """
         if runner.iter == 0:
             return
-        self.write(runner, runner.iter)
         if is_main_process():
             averaged = _averaged(runner)
             trained: Any = _inner(runner) if averaged is None else averaged.module
@@ -115,6 +118,7 @@ class StateHook(Hook):
             if self.history.stale_epochs == 0:
                 save(network, self.folder / BEST_FILE)
         barrier()
+        self.write(runner, runner.iter)
 
     def write(self, runner: Runner, step: int) -> None:
         """Write the state after ``step`` steps; the file before it stays whole until this one is."""

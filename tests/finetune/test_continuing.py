@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from nlsurgery.errors import CheckpointError
+from nlsurgery.finetune import checkpoints
 from nlsurgery.finetune.checkpoints import MODEL_FILE, STATE_FILE, read_state, write_state
 from nlsurgery.finetune.history import History
 from tests.finetune.conftest import finetune, saved
@@ -134,6 +135,36 @@ def test_kill_9_in_the_middle_and_resume(values: dict[str, Any], tmp_path: Path)
     result, _ = finetune(values, resume=True)
     assert saved(result) == saved(whole)
     assert not list(Path(values["work_dir"]).glob(".*.part"))
+
+
+@pytest.mark.parametrize("from_end", [1, 2, 3, 4])
+def test_killed_between_two_of_the_last_files_and_resumed(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, from_end: int
+) -> None:
+    """Every file is written by ``save`` or ``write_state``; the last ``from_end`` writes are lost."""
+    writes: list[str] = []
+    limit = 10_000
+
+    def counting(write: Any) -> Any:
+        def counted(what: Any, path: Path) -> Any:
+            if len(writes) == limit:
+                raise KilledError
+            writes.append(path.name)
+            return write(what, path)
+
+        return counted
+
+    for name in ("save", "write_state"):
+        monkeypatch.setattr(checkpoints, name, counting(getattr(checkpoints, name)))
+    whole, _ = finetune(values, work_dir=str(tmp_path / "whole"))
+    limit = len(writes) - from_end
+    assert {STATE_FILE, MODEL_FILE} <= set(writes[-4:])
+    writes.clear()
+    with pytest.raises(KilledError):
+        finetune(values)
+    limit = 10_000
+    result, _ = finetune(values, resume=True)
+    assert saved(result) == saved(whole)
 
 
 @pytest.mark.slow
