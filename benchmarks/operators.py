@@ -38,10 +38,11 @@ from torch import Tensor, nn
 from benchmarks.operators_table import draw, key, page, read_rows
 from nlsurgery.blocks import NonLocal
 
-#: Batch, channels and spatial sizes. The first six are ResNet-50's at the named input sizes.
+#: Batch, channels and spatial sizes. res… are ResNet-50's at the named input sizes.
 SHAPES: dict[str, tuple[int, ...]] = {
     "res4@224": (8, 1024, 14, 14),
     "res3@224": (8, 512, 28, 28),
+    "res3@224x1": (1, 512, 28, 28),
     "res3@512": (1, 512, 64, 64),
     "res4@800": (1, 1024, 50, 84),
     "vid3": (1, 512, 8, 28, 28),

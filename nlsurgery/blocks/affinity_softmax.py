@@ -20,9 +20,9 @@ from nlsurgery.blocks.affinity import accumulator, apply_map, softmax_map, witho
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
 #: Bytes of logits that one chunk may take: they should stay in the last-level cache.
 CHUNK_BYTES = 16 << 20
-#: Beyond this size (times the root of the row's largest weight), rounding a logit to bfloat16
+#: Beyond this size (times a share by the row's largest weight), rounding a logit to bfloat16
 #: shows in the result.
-ROUNDED_LOGIT = 2.0
+ROUNDED_LOGIT = 3.0
 #: How many rows of a chunk are looked at first, and one key in how many.
 FEW_ROWS = 32
 SAMPLED = 8
@@ -62,9 +62,11 @@ def fits(num_keys: int, value_size: int) -> bool:
     return num_keys <= min(1024, 4 * value_size)
 
 
-def chunks(batch: int, num_queries: int, num_keys: int) -> Iterator[tuple[slice, slice]]:
-    """Cut (B, N) into pieces whose logits take at most :data:`CHUNK_BYTES`."""
-    rows = max(1, CHUNK_BYTES // (4 * max(1, num_keys)))
+def chunks(
+    batch: int, num_queries: int, num_keys: int, itemsize: int = 4
+) -> Iterator[tuple[slice, slice]]:
+    """Cut (B, N) into pieces whose logits, of ``itemsize`` bytes, take at most :data:`CHUNK_BYTES`."""
+    rows = max(1, CHUNK_BYTES // (itemsize * max(1, num_keys)))
     together = max(1, rows // max(1, num_queries))
     # Equal pieces of at least 64 rows: fewer make the products slow.
     pieces = -(-num_queries // max(64, min(rows, num_queries)))
@@ -177,6 +179,8 @@ class _Logits:
     def _matters(self, top: Tensor, p: Tensor) -> Tensor:
         """Where rounding shows: it grows with a logit, and averages out over keys of like weight.
 
+        A row that is nearly one key's alone hardly changes with that key's logit either.
+
         Args:
             top: (B, n, 1), the rows' largest logits.
             p: (B, n, M), their probabilities.
@@ -184,7 +188,9 @@ class _Logits:
         Returns:
             (B, n, 1) of bool.
         """
-        return top.abs() * abs(self.scale) * p.amax(-1, keepdim=True).sqrt() > ROUNDED_LOGIT
+        largest = p.amax(-1, keepdim=True).float()
+        share = torch.minimum(largest.sqrt(), 2 * (1 - largest))
+        return top.abs() * abs(self.scale) * share > ROUNDED_LOGIT
 
     def _softmax(self, logits: Tensor) -> Tensor:
         if self.scale != 1.0:
@@ -205,7 +211,7 @@ class _Chunked(torch.autograd.Function):
         keep = any(ctx.needs_input_grad[:3]) and fits(k.shape[1], v.shape[2])
         kept: list[Tensor] = []
         ctx.shifts = []
-        for b, i in chunks(q.shape[0], q.shape[1], k.shape[1]):
+        for b, i in chunks(q.shape[0], q.shape[1], k.shape[1], logits.dtype.itemsize):
             p, shift = logits.rows(b, i)
             weights = p.to(v.dtype)
             ctx.shifts.append(shift)
@@ -227,7 +233,7 @@ class _Chunked(torch.autograd.Function):
         dk = torch.zeros(k.shape, dtype=accumulator(dtype), device=k.device)
         dv = torch.zeros(v.shape, dtype=accumulator(dtype), device=v.device)
         workspace = _Workspace(q, dtype)
-        pieces = chunks(q.shape[0], q.shape[1], k.shape[1])
+        pieces = chunks(q.shape[0], q.shape[1], k.shape[1], dtype.itemsize)
         for index, (b, i) in enumerate(pieces):
             queries, grad = q[b, i].to(dtype), dy[b, i].to(dtype)
             p = kept[index].to(dtype) if kept else logits.again(b, i, ctx.shifts[index])

@@ -29,12 +29,14 @@ from nlsurgery.blocks.geometry import (
 )
 from nlsurgery.blocks.norms import build_norm
 from nlsurgery.blocks.registration import register
-from nlsurgery.blocks.residual import add_projected, project
+from nlsurgery.blocks.residual import add_projected, project, project_together
 from nlsurgery.errors import BlockError
 
 for _name in ("add_projected", "attend", "checked_input", "dot_product_map", "laid_out"):
     torch.fx.wrap(_name)
-for _name in ("logit_part", "pool_keys", "project", "scalar_sum_map", "softmax_map", "to_tokens"):
+for _name in ("logit_part", "pool_keys", "project", "project_together", "scalar_sum_map"):
+    torch.fx.wrap(_name)
+for _name in ("softmax_map", "to_tokens"):
     torch.fx.wrap(_name)
 
 Mode = Literal["gaussian", "embedded_gaussian", "dot_product", "concatenation"]
@@ -218,12 +220,16 @@ class NonLocal(nn.Module):
     def _projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as maps; in ``concatenation`` the two parts of the logits."""
         early = self._pooled(x, "before_conv")
+        if self.mode in ("embedded_gaussian", "dot_product"):
+            if early is x:
+                q, k, v = project_together(x, self.theta, self.phi, self.g)
+            else:
+                q = project(self.theta, x)
+                k, v = project_together(early, self.phi, self.g)
+            return q, self._pooled(k, "after_conv"), self._pooled(v, "after_conv")
         v = self._pooled(project(self.g, early), "after_conv")
         if self.mode == "gaussian":
             return x, pool_keys(x) if self.sub_sample else x, v
-        if self.mode != "concatenation":
-            keys = self._pooled(project(self.phi, early), "after_conv")
-            return project(self.theta, x), keys, v
         weight = cast(Tensor, self.concat_project.weight)
         a = logit_part(x, self.theta, weight, True)
         if self.sub_sample and self.pool_order == "after_conv":

@@ -7,7 +7,7 @@ overflows adds nothing there. Its gradient passes unchanged, so a loss scaler st
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,32 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
     if x.dim() == 5 and is_plain(projection):
         return convolve(x, projection.weight, projection.bias)  # type: ignore[arg-type]
     return projection(x)  # type: ignore[no-any-return]
+
+
+@torch.fx.wrap
+def project_together(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
+    """Several 1×1 convolutions of one input, as one where that is faster: x is read once.
+
+    In float32, batches whose channels lie apart are the exception.
+
+    Args:
+        x: (B, C, *spatial).
+        projections: The modules.
+
+    Returns:
+        One (B, C', *spatial) of each; views of one tensor where they were computed together.
+    """
+    graph = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
+    apart = x.dtype == torch.float32 and x.shape[0] > 1 and x.is_contiguous()
+    if graph or apart or not all(is_plain(projection) for projection in projections):
+        return tuple(project(projection, x) for projection in projections)
+    weights = [cast(Tensor, projection.weight) for projection in projections]
+    biases = [cast("Tensor | None", projection.bias) for projection in projections]
+    given = [bias for bias in biases if bias is not None]
+    if len(given) not in (0, len(biases)):
+        return tuple(project(projection, x) for projection in projections)
+    y = convolve(x, torch.cat(weights), torch.cat(given) if given else None)
+    return torch.split(y, [weight.shape[0] for weight in weights], dim=1)
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -12,9 +12,9 @@ from nlsurgery.blocks.attend import attend, laid_out
 from nlsurgery.blocks.choose import checked_implementation
 from nlsurgery.blocks.geometry import checked_input, pointwise, reduced, to_tokens
 from nlsurgery.blocks.registration import register
-from nlsurgery.blocks.residual import add_gated, project
+from nlsurgery.blocks.residual import add_gated, project_together
 
-for _name in ("add_gated", "attend", "checked_input", "laid_out", "project"):
+for _name in ("add_gated", "attend", "checked_input", "laid_out", "project_together"):
     torch.fx.wrap(_name)
 for _name in ("softmax_map", "to_tokens"):
     torch.fx.wrap(_name)
@@ -83,7 +83,7 @@ class SelfAttention(nn.Module):
         """
         x = checked_input(x, self.in_channels, self.dims)
         source = laid_out(x, _MODE, self._sizes, False, self.implementation)
-        q, k, v = (project(layer, source) for layer in (self.query, self.key, self.value))
+        q, k, v = project_together(source, self.query, self.key, self.value)
         y = attend(q, k, v, _MODE, 1.0, self.implementation)
         return add_gated(x, y, self.gamma)
 

@@ -1,0 +1,78 @@
+"""Several 1×1 convolutions of one input, computed together or not, are the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nlsurgery.blocks.geometry import CONVS
+from nlsurgery.blocks.residual import project_together
+
+FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def layers(dims: int, biases: tuple[bool, ...] = (True, True, True)) -> list[nn.Module]:
+    torch.manual_seed(0)
+    sizes = (6, 6, 10)
+    return [
+        CONVS[dims](8, size, kernel_size=1, bias=bias)
+        for size, bias in zip(sizes, biases, strict=True)
+    ]
+
+
+def count_of_convolutions(x: Tensor, projections: list[nn.Module]) -> int:
+    with torch.profiler.profile() as profile, torch.no_grad():
+        project_together(x, *projections)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    return counts.get("aten::convolution", 0) or counts.get("aten::linear", 0)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_together_as_one_by_one(dims: int, batch: int, last: bool) -> None:
+    projections = layers(dims)
+    x = torch.randn(batch, 8, *(3, 4, 5)[:dims])
+    if last and dims > 1:
+        x = x.contiguous(memory_format=FORMATS[dims + 2])
+    results = []
+    for compute in (
+        lambda x: project_together(x, *projections),
+        lambda x: tuple(projection(x) for projection in projections),
+    ):
+        given = x.clone().requires_grad_()
+        outputs = compute(given)
+        sum((i + 1) * y.square().sum() for i, y in enumerate(outputs)).backward()
+        weights = [p.grad for projection in projections for p in projection.parameters()]
+        for projection in projections:
+            projection.zero_grad()
+        results.append([*outputs, given.grad, *weights])
+    assert len(results[0]) == len(results[1]) == 3 + 1 + 6
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_one_convolution_reads_the_input_once() -> None:
+    assert count_of_convolutions(torch.randn(1, 8, 5, 5), layers(2)) == 1
+    assert (
+        count_of_convolutions(torch.randn(2, 8, 5, 5).bfloat16(), [m.bfloat16() for m in layers(2)])
+        == 1
+    )
+
+
+@pytest.mark.parametrize("change", ["hook", "mixed-biases", "kernel", "subclass"])
+def test_projections_that_are_not_plain_are_called(change: str) -> None:
+    biases = (True, False, True) if change == "mixed-biases" else (False,) * 3
+    projections = layers(2, biases)
+    if change == "hook":
+        projections[1].register_forward_hook(lambda module, inputs, output: output * 2)
+    elif change == "kernel":
+        projections[1] = nn.Conv2d(8, 6, 3, padding=1)
+    elif change == "subclass":
+        projections[1] = type("Doubled", (nn.Conv2d,), {"forward": lambda self, x: 2 * x[:, :6]})(
+            8, 6, 1
+        )
+    x = torch.randn(1, 8, 5, 5)
+    for ours, projection in zip(project_together(x, *projections), projections, strict=True):
+        torch.testing.assert_close(ours, projection(x))
