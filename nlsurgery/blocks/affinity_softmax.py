@@ -149,7 +149,9 @@ class _Logits:
         logits = self._product(queries, keys, shift)
         top = logits.amax(-1, keepdim=True)
         p = self._softmax(logits)
-        missed = self._matters(top, p)
+        missed = torch.zeros_like(top, dtype=torch.bool)
+        far = top.abs() * abs(self.scale) > ROUNDED_LOGIT
+        missed[far] = self._matters(top[far].unsqueeze(1), p[far.squeeze(2)]).squeeze(1)
         shift = torch.where(missed, shift + top, shift)
         if 2 * missed.sum().item() > missed.numel():
             return self._softmax(self._product(queries, keys, shift)), shift
@@ -182,11 +184,11 @@ class _Logits:
         A row that is nearly one key's alone hardly changes with that key's logit either.
 
         Args:
-            top: (B, n, 1), the rows' largest logits.
-            p: (B, n, M), their probabilities.
+            top: (…, 1), the rows' largest logits.
+            p: (…, M), their probabilities.
 
         Returns:
-            (B, n, 1) of bool.
+            (…, 1) of bool, False wherever ``top`` is at most :data:`ROUNDED_LOGIT`.
         """
         largest = p.amax(-1, keepdim=True).float()
         share = torch.minimum(largest.sqrt(), 2 * (1 - largest))

@@ -25,6 +25,8 @@ _FORMS = {
 #: Up to so many keys, chunks of many rows are as fast as torch's fused attention on a CPU in float32,
 #: and faster in backward.
 CHUNKED_KEYS = 8192
+#: Up to so many keys, and then up to so many channels, a bfloat16 map on a CPU is small.
+SMALL_MAP, SMALL_HEAD = 256, 256
 #: What a graph is made with: a choice by size would fix the sizes of a dynamic one.
 _TRACED = {
     "gaussian": "fused",
@@ -94,8 +96,10 @@ def choose_implementation(
 
 def _softmax_on_cpu(num_keys: int, head_size: int, value_size: int, dtype: torch.dtype) -> str:
     if dtype == torch.bfloat16:
-        # The others form float32 logits by float32 products.
-        return "chunked"
+        # The others form float32 logits by float32 products, which only small maps do not notice.
+        if num_keys > SMALL_MAP:
+            return "chunked"
+        return "fused" if head_size == value_size <= SMALL_HEAD else "explicit"
     if fits(num_keys, value_size):
         return "explicit"
     # torch's fused attention falls back to an N×M tensor where the two sizes differ.

@@ -7,6 +7,7 @@ overflows adds nothing there. Its gradient passes unchanged, so a loss scaler st
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
@@ -55,7 +56,8 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
 def project_together(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
     """Several 1×1 convolutions of one input, as one where that is faster: x is read once.
 
-    In float32, batches whose channels lie apart are the exception.
+    It is not where the weights are as large as the input, nor in float32 where the channels of a
+    batch lie apart.
 
     Args:
         x: (B, C, *spatial).
@@ -64,9 +66,16 @@ def project_together(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
     Returns:
         One (B, C', *spatial) of each; views of one tensor where they were computed together.
     """
+    # A choice by size would fix the sizes of a traced graph: it is left out there.
     graph = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
     apart = x.dtype == torch.float32 and x.shape[0] > 1 and x.is_contiguous()
-    if graph or apart or not all(is_plain(projection) for projection in projections):
+    positions = x.shape[0] * math.prod(x.shape[2:])
+    if (
+        graph
+        or apart
+        or positions < 1024
+        or not all(is_plain(projection) for projection in projections)
+    ):
         return tuple(project(projection, x) for projection in projections)
     weights = [cast(Tensor, projection.weight) for projection in projections]
     biases = [cast("Tensor | None", projection.bias) for projection in projections]
