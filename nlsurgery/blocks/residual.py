@@ -16,6 +16,10 @@ from torch import Tensor, nn
 
 from nlsurgery.blocks.norms import BatchNorm
 
+#: Below so many values, batch normalisation takes less time than folding it.
+FOLDED_VALUES = 1 << 17
+#: Below so many positions, weights take longer to join than inputs to read.
+MANY_POSITIONS = 1024
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUNCTIONS = {3: F.conv1d, 4: F.conv2d}
 
@@ -73,7 +77,7 @@ def project_together(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
     if (
         graph
         or apart
-        or positions < 1024
+        or positions < MANY_POSITIONS
         or not all(is_plain(projection) for projection in projections)
     ):
         return tuple(project(projection, x) for projection in projections)
@@ -187,7 +191,7 @@ def _may_fold(norm: BatchNorm, y: Tensor) -> bool:
     if not known or norm.training:
         return False
     # A choice by size would fix the sizes of a traced graph.
-    return torch.compiler.is_compiling() or y.numel() >= y.shape[1] ** 2
+    return torch.compiler.is_compiling() or y.numel() >= max(y.shape[1] ** 2, FOLDED_VALUES)
 
 
 def _folded(y: Tensor, out: nn.Module, norm: BatchNorm) -> Tensor:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from nlsurgery.blocks import NonLocal, SelfAttention, affinity_softmax
+from nlsurgery.blocks import NonLocal, SelfAttention, affinity_softmax, residual
 from nlsurgery.blocks.affinity_concat import _triangular_sums as triangular_sums
 from nlsurgery.blocks.affinity_concat import concatenation_attend, running_sums
 from nlsurgery.blocks.affinity_dot import dot_product_attend
@@ -260,11 +260,14 @@ def test_the_choice_is_visible_on_the_block():
     assert NonLocal(16, implementation="chunked").chosen_implementation((1, 16, 2, 2)) == "chunked"
 
 
-def test_eval_folds_batch_norm_and_leaves_parameters():
+def test_eval_folds_batch_norm_and_leaves_parameters(monkeypatch):
+    monkeypatch.setattr(residual, "FOLDED_VALUES", 1)
     block = randomised(NonLocal(6, 4).double()).eval()
     before = {key: value.clone() for key, value in block.state_dict().items()}
     x = feature_map(2)
-    block(x)
+    with torch.profiler.profile() as profile:
+        block(x)
+    assert "aten::batch_norm" not in {event.key for event in profile.key_averages()}
     assert all(torch.equal(before[key], value) for key, value in block.state_dict().items())
     calls: list[object] = []
     block.bn.register_forward_hook(lambda *args: calls.append(args))

@@ -6,10 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from nlsurgery.blocks import residual
 from nlsurgery.blocks.geometry import CONVS
 from nlsurgery.blocks.residual import project_together
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@pytest.fixture(autouse=True)
+def _small_maps_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residual, "MANY_POSITIONS", 1)
 
 
 def layers(dims: int, biases: tuple[bool, ...] = (True, True, True)) -> list[nn.Module]:
@@ -53,12 +59,15 @@ def test_together_as_one_by_one(dims: int, batch: int, last: bool) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
-def test_one_convolution_reads_the_input_once() -> None:
+def test_one_convolution_reads_the_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count_of_convolutions(torch.randn(1, 8, 5, 5), layers(2)) == 1
     assert (
         count_of_convolutions(torch.randn(2, 8, 5, 5).bfloat16(), [m.bfloat16() for m in layers(2)])
         == 1
     )
+    assert count_of_convolutions(torch.randn(2, 8, 5, 5), layers(2)) == 3
+    monkeypatch.setattr(residual, "MANY_POSITIONS", 26)
+    assert count_of_convolutions(torch.randn(1, 8, 5, 5), layers(2)) == 3
 
 
 @pytest.mark.parametrize("change", ["hook", "mixed-biases", "kernel", "subclass"])
