@@ -133,7 +133,7 @@ def make_plan(model: nn.Module, anatomy: Anatomy, recipe: Recipe) -> Plan:
     """Resolve a recipe against a model and cost it.
 
     Args:
-        model: The live model; only looked at.
+        model: The live model, or the part of it that the recipe is for; only looked at.
         anatomy: Its stages.
         recipe: The recipe.
 
@@ -154,7 +154,7 @@ def make_plan(model: nn.Module, anatomy: Anatomy, recipe: Recipe) -> Plan:
         child = point.site.child_fqn
         place = depth.get(child, _occupied(model, child))
         depth[child] = place + 1
-        rows.append(_row(point, f"{child}.{place}", costs[key]))
+        rows.append(_row(point, recipe.path_of(f"{child}.{place}"), costs[key], recipe))
     size = anatomy.input_size
     return Plan(anatomy.model, recipe.name, size, tuple(rows), points, recipe)
 
@@ -166,12 +166,14 @@ def _occupied(model: nn.Module, child: str) -> int:
         return 0
 
 
-def _row(point: InsertionPoint, fqn: str, cost: tuple[int, int, int]) -> PlannedInsertion:
+def _row(
+    point: InsertionPoint, fqn: str, cost: tuple[int, int, int], recipe: Recipe
+) -> PlannedInsertion:
     feature = point.feature
     return PlannedInsertion(
         fqn,
         point.stage,
-        point.block,
+        recipe.path_of(point.block),
         point.at,
         str(point.entry.block["type"]),
         feature.num_chs,
@@ -202,7 +204,7 @@ def make_record(point: InsertionPoint, plan: Plan, order: int) -> Record:
     """What the model will remember of a block."""
     return Record(
         point.stage,
-        point.block,
+        plan.source.path_of(point.block),
         point.at,
         str(point.entry.block["type"]),
         point.feature.num_chs,

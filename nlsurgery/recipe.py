@@ -33,6 +33,8 @@ class Recipe:
         published: The result published for it.
         inserts: Its entries.
         output_stride: The stride the network is brought to before the blocks go in, None for its own.
+        within: The sub-module that is operated on by itself, None for the whole model.
+        input_size: Its input size, (C, H, W) or (C, T, H, W).
     """
 
     name: str
@@ -41,6 +43,12 @@ class Recipe:
     published: str | None
     inserts: tuple[InsertEntry, ...]
     output_stride: Literal[8, 16] | None = None
+    within: str | None = None
+    input_size: tuple[int, ...] | None = None
+
+    def path_of(self, fqn: str) -> str:
+        """The path in the whole model of what is at ``fqn`` in the part operated on."""
+        return fqn if self.within is None else f"{self.within}.{fqn}"
 
     def to_mapping(self) -> dict[str, Any]:
         """The recipe as plain data that ``load_recipe`` takes again."""
@@ -49,6 +57,8 @@ class Recipe:
             source=self.source,
             published=self.published,
             output_stride=self.output_stride,
+            within=self.within,
+            input_size=None if self.input_size is None else list(self.input_size),
             inserts=list(self.inserts),
         )
         return dict(json.loads(file.model_dump_json(exclude_none=True)))
@@ -190,7 +200,17 @@ def _check(data: dict[str, Any], name: str, origin: str, allow_imports: Sequence
     for index, entry in enumerate(file.inserts):
         options = check_block(entry.block, f"{origin}: inserts[{index}].block", allow_imports)
         entries.append(entry.model_copy(update={"block": options}))
-    return Recipe(name, origin, file.source, file.published, tuple(entries), file.output_stride)
+    if (file.within is None) != (file.input_size is None):
+        raise RecipeError(f"{origin}: within and input_size go together: give both, or neither")
+    if file.within is not None and file.output_stride is not None:
+        raise RecipeError(
+            f"{origin}: output_stride is of a whole network; leave it out beside within"
+        )
+    size = None if file.input_size is None else tuple(file.input_size)
+    return Recipe(
+        name, origin, file.source, file.published, tuple(entries), file.output_stride,
+        file.within, size,
+    )  # fmt: skip
 
 
 def check_block(

@@ -65,6 +65,9 @@ class RecipeFile(Strict):
         source: Where the placement was published.
         published: The result published for it.
         output_stride: Bring the network to this stride first: its last down-samplings become dilation.
+        within: Operate on this sub-module by itself: one that a forward of the whole model reaches with
+            sizes of its own, such as a head on the regions a detector proposes.
+        input_size: Of ``within``, and needed there: (C, H, W) or (C, T, H, W).
         inserts: The entries, at least one.
     """
 
@@ -72,6 +75,8 @@ class RecipeFile(Strict):
     source: str | None = None
     published: str | None = None
     output_stride: Literal[8, 16] | None = None
+    within: Annotated[str, Field(min_length=1)] | None = None
+    input_size: Annotated[list[PositiveInt], Field(min_length=3, max_length=4)] | None = None
     inserts: Annotated[list[InsertEntry], Field(min_length=1)]
 
 

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from nlsurgery.dilation import Redilation, dilate, plan_dilation, undo_dilation
-from nlsurgery.errors import ModelError, VerifyError
+from nlsurgery.errors import ModelError, SelectorError, VerifyError, close_names
 from nlsurgery.liveness import blocks_without_gradient, dead_blocks
 from nlsurgery.planning import Plan, build_block, make_plan, make_record
 from nlsurgery.probe import meta_copy, probe, run_meta
 from nlsurgery.recipe import Recipe, RecipeLike, load_recipe
 from nlsurgery.reporting import inserted_blocks, require_operated
 from nlsurgery.resolve import check_float
+from nlsurgery.sites import Record
 from nlsurgery.splice import Inserted, hosts, lost_places, splice, withdraw_all
 from nlsurgery.stages import Anatomy, find_stages
 from nlsurgery.tree import CallTree
@@ -57,8 +58,8 @@ def plan(
     Args:
         model: As in :func:`inspect`.
         recipe: A path, the name of a packaged recipe, or a mapping.
-        input_size: As in :func:`inspect`.
-        example_input: As in :func:`inspect`.
+        input_size: As in :func:`inspect`; of the whole model, so a recipe with ``within`` needs none.
+        example_input: As in :func:`inspect`, likewise.
         allow_imports: Packages whose modules a recipe may import as block types (``type: "pkg.Block"``);
             an import runs their code.
 
@@ -66,9 +67,26 @@ def plan(
         RecipeError: The recipe cannot be read, is not valid, or names a place that cannot be.
         ModelError: As in :func:`inspect`.
     """
-    return _plan(
-        model, load_recipe(recipe, allow_imports=allow_imports), input_size, example_input
-    )[0]
+    loaded = load_recipe(recipe, allow_imports=allow_imports)
+    return _plan(*_operand(model, loaded, input_size, example_input))[0]
+
+
+def _operand(
+    model: nn.Module,
+    recipe: Recipe,
+    input_size: Sequence[int] | None,
+    example_input: object | None,
+) -> tuple[nn.Module, Recipe, Sequence[int] | None, object | None]:
+    """What is operated on, and with what input: the model, or the part that ``within`` names."""
+    if recipe.within is None:
+        return model, recipe, input_size, example_input
+    paths = [fqn for fqn, _ in check_open(model).named_modules() if fqn]
+    if recipe.within not in paths:
+        raise SelectorError(
+            f"{recipe.origin}: within {recipe.within!r} is no module of {type(model).__name__}"
+            f"{close_names(recipe.within, paths)}"
+        )
+    return model.get_submodule(recipe.within), recipe, recipe.input_size, None
 
 
 def _plan(
@@ -130,23 +148,23 @@ def apply(
         RecipeError: As in :func:`plan`.
         ModelError: As in :func:`inspect`.
     """
-    made, changes = _plan(
-        model, load_recipe(recipe, allow_imports=allow_imports), input_size, example_input
-    )
+    loaded = load_recipe(recipe, allow_imports=allow_imports)
+    part, _, size, example = _operand(model, loaded, input_size, example_input)
+    made, changes = _plan(part, loaded, size, example)
     order = 1 + max(
         (record.order for _, _, inserted in hosts(model) for record in inserted.records), default=-1
     )
     work = []
     with torch.random.fork_rng(devices=[]):
         for point in made.points:
-            host = model.get_submodule(point.site.host)
-            like = _representative(model, point.site.host)
+            host = part.get_submodule(point.site.host)
+            like = _representative(part, point.site.host)
             block = build_block(point).to(device=like.device, dtype=like.dtype)
             block.train(host.training)
             work.append((point.site, block, make_record(point, made, order)))
-    splice(model, work)
+    splice(part, work)
     if made.source.output_stride is not None:
-        dilate(model, changes, made.source.output_stride)
+        dilate(part, changes, made.source.output_stride)
     return model
 
 
@@ -215,10 +233,48 @@ def verify(
             f"at 'output' of the residual block"
         )
     require_operated(model)
-    if input_size is None and example_input is None:
-        records = [record for _, _, inserted in hosts(model) for record in inserted.records]
-        input_size = records[-1].input_size
-    blocks = tuple(inserted_blocks(model))
+    problems = []
+    for within, blocks in _by_part(model).items():
+        prefix = "" if within is None else f"{within}."
+        part = model if within is None else _part(model, within)
+        size, example = (None, None) if prefix else (input_size, example_input)
+        if size is None and example is None:
+            size = blocks[-1][1].input_size
+        paths = tuple(fqn.removeprefix(prefix) for fqn, _ in blocks)
+        problems += [prefix + text for text in _problems(part, paths, size, example, gradient)]
+    if problems:
+        raise VerifyError(f"{type(model).__name__}: " + "; ".join(problems))
+
+
+def _part(model: nn.Module, within: str) -> nn.Module:
+    try:
+        return model.get_submodule(within)
+    except AttributeError as error:
+        raise ModelError(
+            f"{type(model).__name__} has blocks that were put within {within!r} of a larger model, "
+            f"which it has not: verify the larger model"
+        ) from error
+
+
+def _by_part(model: nn.Module) -> dict[str | None, list[tuple[str, Record]]]:
+    """(path, record) of every inserted block, by what its recipe was ``within``."""
+    paths = {id(module): fqn for fqn, module in model.named_modules()}
+    parts: dict[str | None, list[tuple[str, Record]]] = {}
+    for _, _, inserted in hosts(model):
+        for name, record in zip(inserted._modules, inserted.records, strict=True):
+            fqn = f"{paths[id(inserted)]}.{name}"
+            parts.setdefault(record.recipe.get("within"), []).append((fqn, record))
+    return parts
+
+
+def _problems(
+    model: nn.Module,
+    blocks: tuple[str, ...],
+    input_size: Sequence[int] | None,
+    example_input: object | None,
+    gradient: bool,
+) -> list[str]:
+    """What :func:`verify` finds wrong with some of the blocks of a model."""
     twin = meta_copy(model, keep_inserted=True)
     traced = run_meta(twin, input_size, example_input, watch=blocks)
     problems = []
@@ -233,9 +289,10 @@ def verify(
             problems.append(f"{fqn} runs, but no output of the model depends on it")
     if gradient and not problems:
         unreached = blocks_without_gradient(model, input_size, example_input)
-        problems += [f"{fqn} runs, but no gradient reaches it" for fqn in unreached]
-    if problems:
-        raise VerifyError(f"{type(model).__name__}: " + "; ".join(problems))
+        problems += [
+            f"{fqn} runs, but no gradient reaches it" for fqn in unreached if fqn in blocks
+        ]
+    return problems
 
 
 def _rehearse(model: nn.Module, made: Plan, example_input: object | None) -> None:

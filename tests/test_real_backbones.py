@@ -201,16 +201,31 @@ def test_onnx_export_gives_the_same_numbers(
     torch.testing.assert_close(torch.from_numpy(output), operated(image), rtol=1e-3, atol=1e-3)
 
 
-def test_keypoint_head_takes_four_blocks_and_its_detector_stays_the_same():
-    detector = get_model("keypointrcnn_resnet50_fpn", weights=None, weights_backbone=None).eval()
+def test_keypoint_head_takes_four_blocks_and_its_detector_stays_the_same(tmp_path):
+    def build():
+        return get_model("keypointrcnn_resnet50_fpn", weights=None, weights_backbone=None).eval()
+
+    detector = build()
     keys = list(detector.state_dict())
     regions = torch.randn(3, 256, 14, 14)
     head = detector.roi_heads.keypoint_head
     with torch.no_grad():
         before = head(regions)
-        nlsurgery.apply(head, "keypoint_head_4blocks", example_input=regions[:1])
+        nlsurgery.apply(detector, "keypoint_head_4blocks")
         assert torch.equal(head(regions), before)
-    assert [i.block for i in nlsurgery.report(head).insertions] == ["3", "7", "11", "15"]
+    places = [f"roi_heads.keypoint_head.{index}" for index in (3, 7, 11, 15)]
+    assert [i.block for i in nlsurgery.report(detector).insertions] == places
+    assert [i.block for i in nlsurgery.plan(build(), "keypoint_head_4blocks").insertions] == places
     assert set(keys) <= set(detector.state_dict())
-    nlsurgery.remove(head)
+    nlsurgery.verify(detector, gradient=True)
+
+    with torch.no_grad():
+        for parameter in nlsurgery.inserted_parameters(detector):
+            parameter.normal_()
+        changed = head(regions)
+        assert not torch.equal(changed, before)
+        file = nlsurgery.save(detector, tmp_path / "a.safetensors")
+        again = nlsurgery.load(build(), file)
+        assert torch.equal(again.roi_heads.keypoint_head(regions), changed)
+    nlsurgery.remove(detector)
     assert list(detector.state_dict()) == keys

@@ -432,3 +432,48 @@ def test_users_hook_sees_the_output_after_the_block(model: nn.Module, image: Ten
     model.layer4.register_forward_pre_hook(lambda m, args: inside.append(args[0]))
     model(image)
     assert torch.equal(seen[-1], inside[-1])
+
+
+WITHIN = {
+    "version": 1,
+    "within": "net.layer2",
+    "input_size": [16, 14, 14],
+    "inserts": [{"stage": -1, "block": {"type": "non_local"}}],
+}
+
+
+def test_part_is_operated_on_by_itself(model: nn.Module, tmp_path: Path) -> None:
+    channels = next(p for p in model.layer2.parameters()).shape[1]
+    recipe = {**WITHIN, "input_size": [channels, 14, 14]}
+    whole = Holder(copy.deepcopy(model))
+    nlsurgery.apply(whole, recipe)
+    (row,) = nlsurgery.report(whole).insertions
+    assert row.fqn.startswith("net.layer2.")
+    assert nlsurgery.plan(Holder(model), recipe).insertions[0].fqn == row.fqn
+    nlsurgery.verify(whole, gradient=True)
+    file = nlsurgery.save(whole, tmp_path / "a.safetensors")
+    again = nlsurgery.load(Holder(copy.deepcopy(model)), file)
+    assert nlsurgery.report(again).insertions == nlsurgery.report(whole).insertions
+    inserts = [{"stage": "res4", "block": {"type": "non_local"}}]
+    nlsurgery.apply(whole, {"version": 1, "inserts": inserts})
+    nlsurgery.verify(whole)
+    with pytest.raises(ModelError, match="of a larger model"):
+        nlsurgery.verify(whole.net)
+    nlsurgery.remove(whole)
+    assert list(whole.net.state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"within": "net.layer9"}, "did you mean 'net.layer"),
+        ({"input_size": None}, "go together"),
+        ({"output_stride": 8}, "output_stride is of a whole network"),
+        ({"input_size": [16, 0, 14]}, "greater than 0"),
+    ],
+    ids=["no-such-module", "no-size", "output-stride", "zero"],
+)
+def test_bad_part_is_one_error(model: nn.Module, changes: dict[str, Any], word: str) -> None:
+    recipe = {k: v for k, v in {**WITHIN, **changes}.items() if v is not None}
+    with pytest.raises(nlsurgery.RecipeError, match=word):
+        nlsurgery.apply(Holder(model), recipe)
