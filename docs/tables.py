@@ -34,6 +34,8 @@ def recipes_table() -> str:
     for name in list_recipes():
         recipe = load_recipe(name)
         inserts = "; ".join(_describe(entry) for entry in recipe.inserts)
+        if recipe.within is not None:
+            inserts += f", within {recipe.within}"
         rows.append(f"| `{name}` | {inserts} | {recipe.source} |")
     return "\n".join(rows)
 
