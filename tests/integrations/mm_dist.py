@@ -93,3 +93,6 @@ if __name__ == "__main__":
         shard(Path(sys.argv[1]))
     else:
         main(Path(sys.argv[1]), sys.argv[2])
+    if dist.is_initialized():
+        # Left to the interpreter's end, gloo's threads now and then abort the process.
+        dist.destroy_process_group()
