@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import gc
 import hashlib
-import json
 import os
 import signal
 import sys
@@ -30,6 +29,7 @@ import torch
 from benchmarks.coverage_checks import check_graph, check_run, check_tools
 from benchmarks.coverage_models import Entry, all_models, build, select
 from benchmarks.coverage_table import failures, table
+from benchmarks.rows import Row, append_row, read_rows
 
 LEVELS = ("graph", "run", "tools")
 #: In a drawn sample, models of at most so many parameters are also run with weights.
@@ -76,13 +76,10 @@ def try_model(entry: Entry, level: str, limit: int, most_params: int | None) -> 
     return row
 
 
-def read_rows(path: Path | None) -> dict[str, dict[str, Any]]:
+def rows_by_model(path: Path | None) -> dict[str, Row]:
     """Rows by model; of several for one model, the one of the highest level."""
-    rows: dict[str, dict[str, Any]] = {}
-    if path is None or not path.exists():
-        return rows
-    for line in path.read_text().splitlines():
-        row = json.loads(line)
+    rows: dict[str, Row] = {}
+    for row in read_rows(path):
         old = rows.get(row["spec"])
         if old is None or LEVELS.index(row["level"]) >= LEVELS.index(old["level"]):
             rows[row["spec"]] = row
@@ -115,7 +112,7 @@ def main() -> int:
     started = time.monotonic()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     entries = all_models()
-    rows = read_rows(options.rows)
+    rows = rows_by_model(options.rows)
     drawn = options.sample == "tenth"
     level = options.level or ("run" if drawn else "graph")
     params = {spec: row["params"] for spec, row in rows.items() if "params" in row}
@@ -145,9 +142,7 @@ def main() -> int:
         tried.append(row)
         for problem in failures(row):
             print(f"FAILED {entry.spec} - {problem}", flush=True)
-        if options.rows is not None:
-            with options.rows.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        append_row(options.rows, row)
         gc.collect()
     if options.table is not None:
         totals = {lib: sum(e.library == lib for e in entries) for lib in ("timm", "torchvision")}

@@ -36,10 +36,12 @@ from benchmarks.long_range_models import (
     VARIANTS,
     Backbone,
     build,
+    inserted,
     register_plain_conv,
     train_mode,
 )
-from benchmarks.long_range_table import draw, page, read_rows
+from benchmarks.long_range_table import draw, page
+from benchmarks.rows import append_row, read_rows
 
 TASKS = ("digits", "moves")
 BATCH, FRAMES = 32, 4
@@ -118,7 +120,7 @@ def run(
             optimizer.step()
             schedule.step()
     score = accuracy(model, *stem_features(task, "val", size, 0, device))
-    added = sum(p.numel() for p in model.parameters()) - _plain_parameters()
+    added = sum(p.numel() for block in inserted(model) for p in block.parameters())
     return {
         "task": task,
         "variant": variant,
@@ -132,10 +134,6 @@ def run(
         "device": device,
         "threads": torch.get_num_threads(),
     }
-
-
-def _plain_parameters() -> int:
-    return sum(p.numel() for p in Backbone(2).parameters())
 
 
 def arguments() -> argparse.Namespace:
@@ -179,9 +177,7 @@ def main() -> None:
         row = run(*cell, seed, lr, options)
         rows.append(row)
         print(json.dumps(row), flush=True)
-        if options.rows:
-            with options.rows.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        append_row(options.rows, row)
 
     kinds = [name == "frozen" for name in options.backbone]
     for task, seed, frozen, variant in product(

@@ -160,11 +160,7 @@ def build(variant: str, frozen: bool, example: Tensor) -> Backbone:
 
 def inserted(model: nn.Module) -> list[nn.Module]:
     """The blocks that the surgery inserted; none where there was no surgery."""
-    try:
-        report = nlsurgery.report(model)
-    except nlsurgery.SurgeryError:
-        return []
-    return [model.get_submodule(insertion.fqn) for insertion in report.insertions]
+    return list(nlsurgery.inserted_blocks(model).values())
 
 
 def train_mode(model: Backbone, frozen: bool) -> None:

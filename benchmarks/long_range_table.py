@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-Row = dict[str, Any]
+from benchmarks.rows import Row
+
 NAMES = {
     "none": "nothing",
     "non_local": "5 non-local",
@@ -22,13 +21,6 @@ QUESTIONS = {
     "digits": "two digits in opposite corners: the same class?",
     "moves": "first and last frame: which way did it move?",
 }
-
-
-def read_rows(path: Path | None) -> list[Row]:
-    """Rows of an earlier run; none where the file is missing."""
-    if path is None or not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def cells(rows: Sequence[Row]) -> dict[tuple[str, bool, str], list[Row]]:

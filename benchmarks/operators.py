@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor, nn
 
-from benchmarks.operators_table import draw, key, page, read_rows
+from benchmarks.operators_table import draw, key, page
+from benchmarks.rows import append_row, read_rows
 from nlsurgery.blocks import NonLocal
 
 #: Batch, channels and spatial sizes. res… are ResNet-50's at the named input sizes.
@@ -345,9 +346,7 @@ def main() -> None:
     def keep(row: dict[str, Any]) -> None:
         rows.append(row)
         print(json.dumps(row), flush=True)
-        if options.rows:
-            with options.rows.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        append_row(options.rows, row)
 
     for case in product(options.shapes, options.modes, options.dtypes, options.passes):
         if not any(key(row) == (*case[:3], PASSES[case[3]]) for row in rows):

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from benchmarks.rows import Row
+
 OURS = "nlsurgery"
-Row = dict[str, Any]
-
-
-def read_rows(path: Path | None) -> list[Row]:
-    """Rows of an earlier run; none where the file is missing."""
-    if path is None or not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def key(row: Row) -> tuple[str, ...] | None:

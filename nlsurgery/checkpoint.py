@@ -172,9 +172,8 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     _require_file(file)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", UserWarning
-            )  # torch on the pickle protocol: the error says it
+            # Torch warns of the pickle protocol; the error says what is wrong.
+            warnings.simplefilter("ignore", UserWarning)
             loaded = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(

@@ -14,7 +14,7 @@ from nlsurgery.errors import ModelError
 from nlsurgery.flow import Flow
 from nlsurgery.probe import Call, Trace, first_input, flatten_output
 from nlsurgery.reporting import inserted_blocks
-from nlsurgery.splice import hosts
+from nlsurgery.splice import placed
 from nlsurgery.walk import CHILD_NAME
 
 
@@ -32,22 +32,18 @@ def dead_blocks(model: nn.Module, trace: Trace) -> list[str]:
     first: dict[str, Call] = {}
     for call in trace.calls:
         first.setdefault(call.fqn, call)
-    paths = {id(module): fqn for fqn, module in model.named_modules()}
     dead = []
-    for host, _, inserted in hosts(model):
-        names = inserted._modules
-        for name, (layout, path) in zip(names, inserted.places, strict=True):
-            fqn = f"{paths[id(inserted)]}.{name}"
-            block, around = first.get(fqn), first.get(host)
-            if block is None or around is None:
-                continue
-            ends = [out.node for out in around.outputs if out.path == path]
-            prefix = layout.num_prefix_tokens
-            live = any(flow.is_live(out.node) for out in block.outputs)
-            if prefix and live:
-                live = not all(flow.only_prefix_read(node, prefix) for node in ends)
-            if not live:
-                dead.append(fqn)
+    for host, fqn, _, _, layout, path in placed(model):
+        block, around = first.get(fqn), first.get(host)
+        if block is None or around is None:
+            continue
+        ends = [out.node for out in around.outputs if out.path == path]
+        prefix = layout.num_prefix_tokens
+        live = any(flow.is_live(out.node) for out in block.outputs)
+        if prefix and live:
+            live = not all(flow.only_prefix_read(node, prefix) for node in ends)
+        if not live:
+            dead.append(fqn)
     return dead
 
 

@@ -154,7 +154,7 @@ def make_plan(model: nn.Module, anatomy: Anatomy, recipe: Recipe) -> Plan:
         child = point.site.child_fqn
         place = depth.get(child, _occupied(model, child))
         depth[child] = place + 1
-        rows.append(_row(point, recipe.path_of(f"{child}.{place}"), costs[key], recipe))
+        rows.append(_row(point, recipe, f"{child}.{place}", costs[key]))
     size = anatomy.input_size
     return Plan(anatomy.model, recipe.name, size, tuple(rows), points, recipe)
 
@@ -167,11 +167,11 @@ def _occupied(model: nn.Module, child: str) -> int:
 
 
 def _row(
-    point: InsertionPoint, fqn: str, cost: tuple[int, int, int], recipe: Recipe
+    point: InsertionPoint, recipe: Recipe, fqn: str, cost: tuple[int, int, int]
 ) -> PlannedInsertion:
     feature = point.feature
     return PlannedInsertion(
-        fqn,
+        recipe.path_of(fqn),
         point.stage,
         recipe.path_of(point.block),
         point.at,

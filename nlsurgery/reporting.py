@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from nlsurgery.errors import ModelError
-from nlsurgery.splice import hosts
+from nlsurgery.splice import hosts, placed
 from nlsurgery.tables import size_text, text_table
 from nlsurgery.walk import CHILD_NAME, check_operable
 
@@ -92,26 +92,20 @@ def report(model: nn.Module) -> SurgeryReport:
         model: An operated model; an original one gives a report without insertions.
     """
     check_operable(model)
-    insertions = []
-    paths = {id(module): name for name, module in model.named_modules()}
-    for _, _, inserted in hosts(model):
-        base = paths[id(inserted)]
-        blocks = inserted._modules.items()
-        rows = zip(blocks, inserted.records, inserted.places, strict=True)
-        for (name, block), record, (layout, _) in rows:
-            insertions.append(
-                Insertion(
-                    f"{base}.{name}",
-                    record.stage,
-                    record.block,
-                    record.at,
-                    record.type,
-                    record.num_chs,
-                    record.feature_size,
-                    layout.kind,
-                    sum(p.numel() for p in block.parameters()) if block is not None else 0,
-                )
-            )
+    insertions = [
+        Insertion(
+            fqn,
+            record.stage,
+            record.block,
+            record.at,
+            record.type,
+            record.num_chs,
+            record.feature_size,
+            layout.kind,
+            sum(p.numel() for p in block.parameters()) if block is not None else 0,
+        )
+        for _, fqn, block, record, layout, _ in placed(model)
+    ]
     keys = tuple(key for key in model.state_dict() if is_inserted_key(key)) if insertions else ()
     added = sum(row.num_params for row in insertions)
     everything = sum(p.numel() for p in model.parameters())
@@ -124,8 +118,8 @@ def inserted_blocks(model: nn.Module) -> dict[str, nn.Module]:
     Args:
         model: An operated model.
     """
-    modules = dict(model.named_modules())
-    return {row.fqn: modules[row.fqn] for row in report(model).insertions}
+    check_operable(model)
+    return {row.fqn: row.block for row in placed(model) if row.block is not None}
 
 
 def require_operated(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ hosts keep class, index, attributes and keys.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -256,6 +256,35 @@ def hosts(model: nn.Module) -> Iterator[tuple[str, nn.Module, Inserted]]:
         inserted = holder._modules.get(CHILD_NAME)
         if isinstance(inserted, Inserted):
             yield fqn, module, inserted
+
+
+class Placed(NamedTuple):
+    """One inserted block of a model.
+
+    Attributes:
+        host: fqn of the module whose output it changes.
+        fqn: Its own path.
+        block: The block.
+        record: What is known of it.
+        layout: Layout of its feature map.
+        path: The keys and indices that lead to the feature map in the host's output.
+    """
+
+    host: str
+    fqn: str
+    block: nn.Module | None
+    record: Record
+    layout: Layout
+    path: OutputPath
+
+
+def placed(model: nn.Module) -> Iterator[Placed]:
+    """Yield every inserted block, in module order."""
+    paths = {id(module): fqn for fqn, module in model.named_modules()}
+    for host, _, inserted in hosts(model):
+        rows = zip(inserted._modules.items(), inserted.records, inserted.places, strict=True)
+        for (name, block), record, (layout, path) in rows:
+            yield Placed(host, f"{paths[id(inserted)]}.{name}", block, record, layout, path)
 
 
 def _is_owned(model: nn.Module, fqn: str) -> bool:

@@ -17,8 +17,15 @@ from nlsurgery.probe import meta_copy, probe, run_meta
 from nlsurgery.recipe import Recipe, RecipeLike, load_recipe
 from nlsurgery.reporting import inserted_blocks, require_operated
 from nlsurgery.resolve import check_float
-from nlsurgery.sites import Record
-from nlsurgery.splice import Inserted, hosts, lost_places, splice, withdraw_all
+from nlsurgery.splice import (
+    Inserted,
+    Placed,
+    hosts,
+    lost_places,
+    placed,
+    splice,
+    withdraw_all,
+)
 from nlsurgery.stages import Anatomy, find_stages
 from nlsurgery.tree import CallTree
 from nlsurgery.walk import check_open, check_operable
@@ -41,8 +48,13 @@ def inspect(
     Raises:
         ModelError: The model is wrapped, compiled or scripted, or does not run on such an input.
     """
-    checked = check_open(model)
-    return find_stages(CallTree(checked, probe(checked, input_size, example_input)))
+    return _anatomy(check_open(model), input_size, example_input)
+
+
+def _anatomy(
+    model: nn.Module, input_size: Sequence[int] | None, example_input: object | None
+) -> Anatomy:
+    return find_stages(CallTree(model, probe(model, input_size, example_input)))
 
 
 def plan(
@@ -68,7 +80,8 @@ def plan(
         ModelError: As in :func:`inspect`.
     """
     loaded = load_recipe(recipe, allow_imports=allow_imports)
-    return _plan(*_operand(model, loaded, input_size, example_input))[0]
+    part, size, example = _operand(model, loaded, input_size, example_input)
+    return _plan(part, loaded, size, example)[0]
 
 
 def _operand(
@@ -76,17 +89,18 @@ def _operand(
     recipe: Recipe,
     input_size: Sequence[int] | None,
     example_input: object | None,
-) -> tuple[nn.Module, Recipe, Sequence[int] | None, object | None]:
+) -> tuple[nn.Module, Sequence[int] | None, object | None]:
     """What is operated on, and with what input: the model, or the part that ``within`` names."""
+    check_open(model)
     if recipe.within is None:
-        return model, recipe, input_size, example_input
-    paths = [fqn for fqn, _ in check_open(model).named_modules() if fqn]
+        return model, input_size, example_input
+    paths = [fqn for fqn, _ in model.named_modules() if fqn]
     if recipe.within not in paths:
         raise SelectorError(
             f"{recipe.origin}: within {recipe.within!r} is no module of {type(model).__name__}"
             f"{close_names(recipe.within, paths)}"
         )
-    return model.get_submodule(recipe.within), recipe, recipe.input_size, None
+    return check_operable(model.get_submodule(recipe.within)), recipe.input_size, None
 
 
 def _plan(
@@ -96,7 +110,7 @@ def _plan(
     example_input: object | None,
 ) -> tuple[Plan, tuple[Redilation, ...]]:
     """Plan a recipe. Returns the plan and what its output stride changes first."""
-    check_float(check_open(model))
+    check_float(model)
     changes: tuple[Redilation, ...] = ()
     target = model
     if recipe.output_stride is not None:
@@ -104,7 +118,7 @@ def _plan(
         changes = plan_dilation(model, trace, recipe.output_stride)
         target = meta_copy(model, keep_inserted=True)
         dilate(target, changes, recipe.output_stride)
-    anatomy = inspect(target, input_size=input_size, example_input=example_input)
+    anatomy = _anatomy(target, input_size, example_input)
     if recipe.output_stride is not None:
         _check_stride(anatomy, recipe)
     made = make_plan(target, anatomy, recipe)
@@ -149,7 +163,7 @@ def apply(
         ModelError: As in :func:`inspect`.
     """
     loaded = load_recipe(recipe, allow_imports=allow_imports)
-    part, _, size, example = _operand(model, loaded, input_size, example_input)
+    part, size, example = _operand(model, loaded, input_size, example_input)
     made, changes = _plan(part, loaded, size, example)
     order = 1 + max(
         (record.order for _, _, inserted in hosts(model) for record in inserted.records), default=-1
@@ -239,8 +253,8 @@ def verify(
         part = model if within is None else _part(model, within)
         size, example = (None, None) if prefix else (input_size, example_input)
         if size is None and example is None:
-            size = blocks[-1][1].input_size
-        paths = tuple(fqn.removeprefix(prefix) for fqn, _ in blocks)
+            size = blocks[-1].record.input_size
+        paths = tuple(row.fqn.removeprefix(prefix) for row in blocks)
         problems += [prefix + text for text in _problems(part, paths, size, example, gradient)]
     if problems:
         raise VerifyError(f"{type(model).__name__}: " + "; ".join(problems))
@@ -256,14 +270,11 @@ def _part(model: nn.Module, within: str) -> nn.Module:
         ) from error
 
 
-def _by_part(model: nn.Module) -> dict[str | None, list[tuple[str, Record]]]:
-    """(path, record) of every inserted block, by what its recipe was ``within``."""
-    paths = {id(module): fqn for fqn, module in model.named_modules()}
-    parts: dict[str | None, list[tuple[str, Record]]] = {}
-    for _, _, inserted in hosts(model):
-        for name, record in zip(inserted._modules, inserted.records, strict=True):
-            fqn = f"{paths[id(inserted)]}.{name}"
-            parts.setdefault(record.recipe.get("within"), []).append((fqn, record))
+def _by_part(model: nn.Module) -> dict[str | None, list[Placed]]:
+    """Every inserted block, by what its recipe was ``within``."""
+    parts: dict[str | None, list[Placed]] = {}
+    for row in placed(model):
+        parts.setdefault(row.record.recipe.get("within"), []).append(row)
     return parts
 
 

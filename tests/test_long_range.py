@@ -14,7 +14,8 @@ from benchmarks.long_range_models import (
     register_plain_conv,
     train_mode,
 )
-from benchmarks.long_range_table import draw, page, read_rows
+from benchmarks.long_range_table import draw, page
+from benchmarks.rows import read_rows
 from nlsurgery.blocks import BLOCK_TYPES
 
 

@@ -2,7 +2,7 @@
 
 Every form gives the same numbers up to rounding. The thresholds are where the measured times of
 ``benchmarks/results/operators_cpu.md`` cross, bounded by memory: an N×M tensor is only ever kept
-where it is smaller than the block's own projections.
+where it is smaller than the block's own projections, or has at most :data:`SMALL_MAP` keys.
 """
 
 from __future__ import annotations

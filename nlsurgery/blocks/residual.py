@@ -8,6 +8,7 @@ overflows adds nothing there. Its gradient passes unchanged, so a loss scaler st
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -70,24 +71,25 @@ def project_together(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
     Returns:
         One (B, C', *spatial) of each; views of one tensor where they were computed together.
     """
-    # A choice by size would fix the sizes of a traced graph: it is left out there.
-    graph = torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export()
-    apart = x.dtype == torch.float32 and x.shape[0] > 1 and x.is_contiguous()
-    positions = x.shape[0] * math.prod(x.shape[2:])
-    if (
-        graph
-        or apart
-        or positions < MANY_POSITIONS
-        or not all(is_plain(projection) for projection in projections)
-    ):
+    if not _joins(x, projections):
         return tuple(project(projection, x) for projection in projections)
     weights = [cast(Tensor, projection.weight) for projection in projections]
-    biases = [cast("Tensor | None", projection.bias) for projection in projections]
-    given = [bias for bias in biases if bias is not None]
-    if len(given) not in (0, len(biases)):
-        return tuple(project(projection, x) for projection in projections)
-    y = convolve(x, torch.cat(weights), torch.cat(given) if given else None)
+    biases = [cast(Tensor, bias) for p in projections if (bias := p.bias) is not None]
+    y = convolve(x, torch.cat(weights), torch.cat(biases) if biases else None)
     return torch.split(y, [weight.shape[0] for weight in weights], dim=1)
+
+
+def _joins(x: Tensor, projections: Sequence[nn.Module]) -> bool:
+    # A choice by size would fix the sizes of a traced graph: it is left out there.
+    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+        return False
+    apart = x.dtype == torch.float32 and x.shape[0] > 1 and x.is_contiguous()
+    if apart or x.shape[0] * math.prod(x.shape[2:]) < MANY_POSITIONS:
+        return False
+    return (
+        all(is_plain(projection) for projection in projections)
+        and len({projection.bias is None for projection in projections}) == 1
+    )
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

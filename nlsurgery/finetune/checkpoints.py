@@ -117,7 +117,6 @@ class StateHook(Hook):
             save(network, self.folder / MODEL_FILE)
             if self.history.stale_epochs == 0:
                 save(network, self.folder / BEST_FILE)
-        barrier()
         self.write(runner, runner.iter)
 
     def write(self, runner: Runner, step: int) -> None:
