@@ -20,13 +20,17 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.coverage_checks import check_graph, check_run, check_tools
+from benchmarks.coverage_checks import (
+    RUN_COLUMNS,
+    TOOL_COLUMNS,
+    check_graph,
+    check_weights,
+)
 from benchmarks.coverage_models import Entry, all_models, build, select
 from benchmarks.coverage_table import failures, table
 from benchmarks.rows import Row, append_row, read_rows
@@ -56,23 +60,26 @@ def time_limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def try_model(entry: Entry, level: str, limit: int, most_params: int | None) -> dict[str, Any]:
-    """Fill one row of the table."""
-    row: dict[str, Any] = {"spec": entry.spec, "family": entry.family, "level": level}
+def try_model(
+    entry: Entry, level: str, limit: int, most_params: int | None, known: Row | None = None
+) -> Row:
+    """Fill one row of the table, beginning with what an earlier row knows of the graph."""
+    columns = {"graph": (), "run": RUN_COLUMNS, "tools": RUN_COLUMNS + TOOL_COLUMNS}[level]
+    row = {k: v for k, v in (known or {}).items() if k not in RUN_COLUMNS + TOOL_COLUMNS}
+    row |= {"spec": entry.spec, "family": entry.family, "level": level}
     try:
         with time_limit(limit):
-            row |= check_graph(entry)
+            if "plan" not in row:
+                row |= check_graph(entry)
             if most_params is not None and row["params"] > most_params:
                 row["level"] = "graph"
-                return row
-            if level in ("run", "tools"):
-                row |= check_run(entry, row)
-            if level == "tools":
-                row |= check_tools(entry, row)
+            elif level != "graph":
+                row.update(check_weights(entry, row, tools=level == "tools"))
     except (Exception, TooSlow) as error:
-        where = "plan" not in row
         text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        row |= {"error": text} if where else {"identity": row.get("identity", f"no: {text}")}
+        if "plan" not in row:
+            row["error"] = text
+        row |= {column: f"no: {text}" for column in columns if column not in row}
     return row
 
 
@@ -124,7 +131,7 @@ def main() -> int:
     chosen = []
     if options.sample != "none":
         chosen = select(entries, options.sample, options.seed, options.pattern, params)
-    chosen.sort(key=lambda entry: hashlib.sha256(entry.spec.encode()).digest())
+    chosen.sort(key=lambda e: (params.get(e.spec, 0), hashlib.sha256(e.spec.encode()).digest()))
     tried = []
     for entry in chosen:
         old = rows.get(entry.spec)
@@ -137,7 +144,7 @@ def main() -> int:
             )
             break
         deeper = drawn and hashlib.sha256(entry.spec.encode()).digest()[0] < 26
-        row = try_model(entry, "tools" if deeper else level, options.limit, most)
+        row = try_model(entry, "tools" if deeper else level, options.limit, most, old)
         rows[entry.spec] = row
         tried.append(row)
         for problem in failures(row):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from nlsurgery.stages import Anatomy
 GRAPH_COLUMNS = ("plan", "recipes", "hints")
 RUN_COLUMNS = ("identity", "keys", "backward", "deepcopy")
 TOOL_COLUMNS = ("compile", "export", "fx", "features_only")
+
+Tool = Callable[[nn.Module, tuple[Tensor, ...]], object]
 
 BLOCK = {"type": "non_local", "reduction": 2, "sub_sample": False, "norm": "bn"}
 
@@ -107,40 +110,45 @@ def _compare_with_hints(model: nn.Module, anatomy: Anatomy) -> str:
     return "yes" if not missing else "differs: " + ", ".join(dict.fromkeys(missing))
 
 
-def check_run(entry: Entry, row: dict[str, Any]) -> dict[str, str]:
-    """Operate on real weights: same bits out, same keys, gradients to each block, copies of their own."""
+def check_weights(entry: Entry, row: dict[str, Any], tools: bool) -> Iterator[tuple[str, str]]:
+    """Operate on real weights: same bits out, same keys, gradients to each block, copies of their own.
+
+    Yields:
+        A column and its answer, as soon as there is one.
+
+    Args:
+        entry: The model.
+        row: What :func:`check_graph` found.
+        tools: Also compile, export and trace the operated model; n/a where the original passes no more.
+    """
     model = randomised(build(entry, meta=False))
     part, inputs = _inputs(model, row)
     with torch.no_grad():
         before = _tensors(part(*inputs))
-    state = {key: value.clone() for key, value in model.state_dict().items()}
+    state = _digests(model)
     _, recipe = chosen_recipe(nlsurgery.inspect(model))
     nlsurgery.apply(model, recipe)
-    return {
-        "identity": _answer(lambda: _same(before, part, inputs)),
-        "keys": _answer(lambda: _keys_kept(state, model)),
-        "backward": _answer(lambda: nlsurgery.verify(model, gradient=True)),
-        "deepcopy": _answer(lambda: _copy_is_its_own(model, row)),
+    yield "identity", _answer(lambda: _same(before, part, inputs))
+    yield "keys", _answer(lambda: _keys_kept(state, model))
+    yield "backward", _answer(lambda: nlsurgery.verify(model, gradient=True))
+    yield "deepcopy", _answer(lambda: _copy_is_its_own(model, row))
+    if not tools:
+        return
+    answers = {
+        name: _answer(lambda tool=tool: _with_tool(model, row, tool))
+        for name, tool in TOOLS.items()
     }
+    for name, tool in TOOLS.items():
+        yield name, _unless_original_fails(answers[name], entry, row, tool)
+    features = (lambda: _features_only(entry, row)) if entry.library == "timm" else None
+    yield "features_only", _answer(features) if features else "n/a"
 
 
-def check_tools(entry: Entry, row: dict[str, Any]) -> dict[str, str]:
-    """Compile, export and trace the operated model; n/a where the original does not pass either."""
-    answers = {}
-    tools: dict[str, Callable[[nn.Module, tuple[Tensor, ...]], object]] = {
-        "compile": _compile,
-        "export": lambda part, inputs: torch.export.export(part, inputs),
-        "fx": lambda part, _: torch.fx.symbolic_trace(part),
-    }
-    for name, tool in tools.items():
-        answers[name] = _answer(lambda tool=tool: _with_tool(entry, row, tool))
-        if answers[name] != "yes":
-            plain = _answer(lambda tool=tool: _with_tool(entry, row, tool, operate=False))
-            answers[name] = answers[name] if plain == "yes" else f"n/a (original: {plain})"
-    answers["features_only"] = (
-        _answer(lambda: _features_only(entry, row)) if entry.library == "timm" else "n/a"
-    )
-    return answers
+def _unless_original_fails(answer: str, entry: Entry, row: dict[str, Any], tool: Tool) -> str:
+    if answer == "yes":
+        return answer
+    plain = _answer(lambda: _with_tool(randomised(build(entry, meta=False)), row, tool))
+    return answer if plain == "yes" else f"n/a (original: {plain})"
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -188,9 +196,22 @@ def _same(before: list[Tensor], part: nn.Module, inputs: tuple[Tensor, ...]) -> 
             raise AssertionError(f"differs by {(one - two).abs().max().item():.2e}")
 
 
-def _keys_kept(state: dict[str, Tensor], model: nn.Module) -> None:
-    after = model.state_dict()
-    lost = [k for k, v in state.items() if k not in after or not torch.equal(after[k], v)]
+def _digests(model: nn.Module) -> dict[str, bytes]:
+    """A digest of every tensor's bytes: a second copy of a large model would not fit beside it."""
+    return {
+        key: hashlib.blake2b(_bytes(value), digest_size=16).digest()
+        for key, value in model.state_dict().items()
+    }
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data if flat.numel() else b""
+
+
+def _keys_kept(state: dict[str, bytes], model: nn.Module) -> None:
+    after = _digests(model)
+    lost = [key for key, digest in state.items() if after.get(key) != digest]
     new = set(after) - set(state)
     if lost or new != set(nlsurgery.report(model).new_keys):
         raise AssertionError(f"{len(lost)} keys lost or changed, such as {lost[:1]}")
@@ -211,15 +232,7 @@ def _copy_is_its_own(model: nn.Module, row: dict[str, Any]) -> None:
         raise AssertionError("the copy does not run its own blocks")
 
 
-def _with_tool(
-    entry: Entry,
-    row: dict[str, Any],
-    tool: Callable[[nn.Module, tuple[Tensor, ...]], object],
-    operate: bool = True,
-) -> None:
-    model = randomised(build(entry, meta=False))
-    if operate:
-        nlsurgery.apply(model, chosen_recipe(nlsurgery.inspect(model))[1])
+def _with_tool(model: nn.Module, row: dict[str, Any], tool: Tool) -> None:
     part, inputs = _inputs(model, row)
     torch._dynamo.reset()
     tool(part, inputs)
@@ -231,6 +244,14 @@ def _compile(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         compiled = torch.compile(part, backend="eager", fullgraph=True)
         for one, two in zip(expected, _tensors(compiled(*inputs)), strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
+
+
+#: What is tried on the operated model, by column.
+TOOLS: dict[str, Tool] = {
+    "compile": _compile,
+    "export": lambda part, inputs: torch.export.export(part, inputs),
+    "fx": lambda part, _: torch.fx.symbolic_trace(part),
+}
 
 
 def _features_only(entry: Entry, row: dict[str, Any]) -> None:

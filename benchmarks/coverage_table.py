@@ -87,6 +87,10 @@ def _summary(rows: Sequence[dict[str, Any]], totals: dict[str, int]) -> list[str
             good = sum(_cell(row, column) == "yes" for row in tried)
             share = f"{good} ({good / len(tried):.1%})" if tried else "not run"
             lines.append(f"| {library}, {column} | {len(tried)} | {total} | {share} |")
+        whole = [row for row in mine if all(_cell(row, column) for column in COLUMNS)]
+        held = sum(not failures(row) for row in whole)
+        share = f"{held} ({held / len(whole):.1%})" if whole else "not run"
+        lines.append(f"| **{library}, every column** | {len(whole)} | {total} | {share} |")
     times = [row["plan_s"] for row in rows if "plan_s" in row]
     if times:
         lines += [

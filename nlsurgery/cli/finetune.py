@@ -148,6 +148,9 @@ def finetune(
         int | None, _option(RUN, "--num-workers", "Loader processes.", min=0)
     ] = None,
     work_dir: Annotated[Path | None, _option(RUN, "--work-dir", "Where results go.")] = None,
+    shard: Annotated[
+        bool | None, _option(RUN, "--shard", "Deal the model out to torchrun's processes (FSDP).")
+    ] = None,
     save_every: Annotated[
         int | None, _option(RUN, "--save-every", "Steps between saves inside an epoch.", min=1)
     ] = None,
@@ -175,7 +178,7 @@ def finetune(
         "schedule": schedule, "lr_steps": parse_epochs(lr_steps), "warmup": warmup,
         "clip_grad": clip_grad, "ema": ema, "early_stop": early_stop,
         "freeze_backbone": freeze_backbone, "amp": amp, "seed": seed, "device": device,
-        "num_workers": num_workers, "work_dir": work_dir, "save_every": save_every,
+        "num_workers": num_workers, "work_dir": work_dir, "save_every": save_every, "shard": shard,
         "resume": resume, "tensorboard": tensorboard,
     }  # fmt: skip
     values = {
@@ -185,17 +188,23 @@ def finetune(
     }
 
     from nlsurgery.finetune import FinetuneConfig, estimate, run
+    from nlsurgery.finetune.distributed import is_first_process, leave
 
     config = FinetuneConfig.make(**complete(values))
     if dry_run:
-        console.say(str(estimate(config, say=console.say)))
-        return
-    with console.progress_bar() as progress:
-        result = run(config, say=progress.say, progress=progress.update)
-    from nlsurgery.finetune.distributed import is_first_process
+        say = console.say if is_first_process() else _ignore
+        say(str(estimate(config, say=say)))
+    else:
+        with console.progress_bar() as progress:
+            result = run(config, say=progress.say, progress=progress.update)
+        if is_first_process():
+            console.say(summary(result))
+    if config.shard:
+        leave()
 
-    if is_first_process():
-        console.say(summary(result))
+
+def _ignore(text: str) -> None:
+    """Say nothing: the first process speaks for all."""
 
 
 def parse_epochs(text: str | None) -> tuple[int, ...] | None:

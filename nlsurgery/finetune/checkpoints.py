@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from nlsurgery.checkpoint import atomic_write, save
 from nlsurgery.errors import CheckpointError
 from nlsurgery.finetune.history import History
+from nlsurgery.finetune.sharding import optimizer_shards, shards_like, whole
 from nlsurgery.finetune.stopping import Interrupted, StopSignal
 
 #: The file that a run goes on from, and those it is for.
@@ -39,6 +40,7 @@ class StateHook(Hook):
         state: A state read by :func:`read_state`, or None.
         every: Steps between two saves inside an epoch; None for none.
         stop: Tells that the process was asked to end.
+        spare: Of a sharded run, a whole copy of its network to save weights with (first process).
     """
 
     priority = "VERY_LOW"
@@ -51,6 +53,7 @@ class StateHook(Hook):
         state: dict[str, Any] | None,
         every: int | None,
         stop: StopSignal,
+        spare: nn.Module | None = None,
     ) -> None:
         self.folder = folder
         self.history = history
@@ -58,6 +61,7 @@ class StateHook(Hook):
         self.state = state
         self.every = every
         self.stop = stop
+        self.spare = spare
 
     def before_run(self, runner: Runner) -> None:
         """Put the saved state back."""
@@ -65,17 +69,18 @@ class StateHook(Hook):
             return
         state, self.state = self.state, None
         model = _inner(runner)
-        model.load_state_dict(state["model"])
-        for name, parameter in model.named_parameters():
-            if name in state["grads"]:
-                parameter.grad = state["grads"][name].to(parameter.device)
-        runner.optim_wrapper.load_state_dict(state["optimizer"])
+        _load(model, state["model"])
+        parameters = dict(model.named_parameters())
+        for name, grad in shards_like(state["grads"], parameters).items():
+            parameters[name].grad = grad.to(parameters[name].device)
+        optimizer = runner.optim_wrapper.optimizer
+        runner.optim_wrapper.load_state_dict(optimizer_shards(state["optimizer"], optimizer))
         schedulers = runner.param_schedulers or []
         for scheduler, saved in zip(schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
         averaged = _averaged(runner)
         if averaged is not None:
-            averaged.load_state_dict(state["ema"])
+            _load(averaged, state["ema"])
         runner.train_loop._epoch, runner.train_loop._iter = state["epoch"], state["iter"]
         done = state["iter"] - state["epoch"] * len(runner.train_dataloader)
         runner.train_dataloader.sampler.skip = done
@@ -110,10 +115,14 @@ class StateHook(Hook):
         """
         if runner.iter == 0:
             return
+        averaged = _averaged(runner)
+        trained: Any = _inner(runner) if averaged is None else averaged.module
+        network: nn.Module = trained.backbone
+        weights = whole(network.state_dict())
         if is_main_process():
-            averaged = _averaged(runner)
-            trained: Any = _inner(runner) if averaged is None else averaged.module
-            network: nn.Module = trained.backbone
+            if self.spare is not None:
+                self.spare.load_state_dict(weights)
+                network = self.spare
             save(network, self.folder / MODEL_FILE)
             if self.history.stale_epochs == 0:
                 save(network, self.folder / BEST_FILE)
@@ -121,8 +130,9 @@ class StateHook(Hook):
 
     def write(self, runner: Runner, step: int) -> None:
         """Write the state after ``step`` steps; the file before it stays whole until this one is."""
+        state = whole(self._state(runner, step))
         if is_main_process():
-            write_state(self._state(runner, step), self.folder / STATE_FILE)
+            write_state(state, self.folder / STATE_FILE)
         barrier()
 
     def _state(self, runner: Runner, step: int) -> dict[str, Any]:
@@ -146,6 +156,10 @@ class StateHook(Hook):
 def _inner(runner: Runner) -> nn.Module:
     model: nn.Module = runner.model.module if is_model_wrapper(runner.model) else runner.model
     return model
+
+
+def _load(model: nn.Module, state: Mapping[str, Any]) -> None:
+    model.load_state_dict(shards_like(state, model.state_dict()))
 
 
 def _averaged(runner: Runner) -> Any:

@@ -41,7 +41,7 @@ def classification_job(config: FinetuneConfig) -> Job:
     """
     classes, train, val, videos = read_parts(config)
     torch.manual_seed(config.seed)
-    network, head = build_network(config, len(classes))
+    network, head = build_network(config, num_classes=len(classes))
     make_transforms = clip_transforms if videos else image_transforms
     train_transform, val_transform = make_transforms(config, network)
     val_samples = Samples(val, val_transform, classes)

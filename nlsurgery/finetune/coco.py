@@ -47,6 +47,12 @@ class CocoPart:
     categories: tuple[int, ...]
     names: tuple[str, ...]
 
+    @property
+    def num_keypoints(self) -> set[int]:
+        """How many keypoints its objects have; several numbers where they differ."""
+        rows = [row for rows in self.annotations.values() for row in rows]
+        return {len(row.get("keypoints", ())) // 3 for row in rows}
+
 
 def import_coco() -> Any:
     """Import pycocotools.

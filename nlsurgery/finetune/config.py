@@ -19,7 +19,7 @@ DEFAULT_WORK_DIR, DEMO_WORK_DIR = "work_dirs/finetune", "work_dirs/demo"
 CONFIG_FILE = "config.yaml"
 #: What may differ between a run and its continuation without changing a number.
 FREE_FIELDS = frozenset(
-    {"num_workers", "device", "work_dir", "resume", "save_every"}
+    {"num_workers", "device", "work_dir", "resume", "save_every", "shard"}
     | {"tensorboard", "data_download", "pictures"}
 )
 
@@ -57,6 +57,7 @@ class FinetuneConfig(BaseModel):
             statistics.
         amp: Mixed precision of the training steps; scores are computed in float32.
         augment: ``default`` is timm's, ``light`` crops only (no flips, no colour), ``none``.
+        shard: Deal parameters, gradients and optimizer state out to the processes (FSDP).
         image_size: Height and width in pixels; the model's own when None.
         clip_frames: Frames a clip; the model's own when None.
         frame_stride: Frames of the video between two frames of a clip.
@@ -97,6 +98,7 @@ class FinetuneConfig(BaseModel):
     early_stop: PositiveInt | None = None
     freeze_backbone: bool = False
     amp: Literal["off", "bf16", "fp16"] = "off"
+    shard: bool = False
     augment: Literal["default", "light", "none"] = "default"
     image_size: PositiveInt | None = None
     clip_frames: PositiveInt | None = None

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from nlsurgery.errors import DataError, ModelError
-from nlsurgery.finetune.coco import CocoSamples, CocoScores, import_coco, read_part
+from nlsurgery.finetune.coco import CocoPart, CocoSamples, CocoScores, import_coco, read_part
 from nlsurgery.finetune.config import FinetuneConfig
 from nlsurgery.finetune.job import Job
 from nlsurgery.finetune.model import Trained
 from nlsurgery.finetune.network import build_network
+from nlsurgery.integrations.hub import takes_argument
 
 
 class Detector(Trained):
@@ -51,7 +52,10 @@ def detection_job(config: FinetuneConfig) -> Job:
     if train.categories != val.categories:
         raise DataError(f"{train.file} and {val.file} must have the same categories")
     torch.manual_seed(config.seed)
-    network, head = build_network(config, len(train.categories) + 1)
+    sizes = {"num_classes": len(train.categories) + 1}
+    if takes_argument(config.model, "num_keypoints"):
+        sizes["num_keypoints"] = _same_keypoints(train, val)
+    network, head = build_network(config, **sizes)
     size = _set_size(network, config)
     if config.checkpoint is not None or config.pretrained:
         freeze_norms(network)
@@ -74,6 +78,21 @@ def detection_job(config: FinetuneConfig) -> Job:
         outputs=_outputs,
         view=None,
     )
+
+
+def _same_keypoints(train: CocoPart, val: CocoPart) -> int:
+    """The number of keypoints of each object.
+
+    Raises:
+        DataError: None, or not the same number everywhere.
+    """
+    numbers = sorted(train.num_keypoints | val.num_keypoints)
+    if len(numbers) != 1 or numbers[0] == 0:
+        raise DataError(
+            f"{train.file} and {val.file} must give each object the same number of keypoints for such a "
+            f"model, but got {', '.join(map(str, numbers)) or 'no object'}"
+        )
+    return numbers[0]
 
 
 def _collate(samples: list[tuple[Tensor, dict[str, Tensor]]]) -> list[list[Any]]:

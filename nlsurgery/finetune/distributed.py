@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 import torch
 from mmengine.model import MMDistributedDataParallel
@@ -26,7 +29,7 @@ def process_group(device: str | None) -> Iterator[torch.device]:
     Raises:
         SurgeryError: There is no such device.
     """
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    several = num_processes() > 1
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")) if several else None)
     if not several or distributed.is_initialized():
         yield chosen
@@ -38,6 +41,9 @@ def process_group(device: str | None) -> Iterator[torch.device]:
         yield chosen
     finally:
         distributed.destroy_process_group()
+        # gloo's threads live as long as anything refers to the group, and one that needs Python's lock
+        # while the interpreter ends aborts the process: end them here (in a sharded run see leave()).
+        gc.collect()
 
 
 def choose_device(device: str | None, local_rank: int | None) -> torch.device:
@@ -75,6 +81,21 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def num_processes() -> int:
+    """How many processes train together; known before they have joined."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leave() -> NoReturn:
+    """End a process of a sharded run at once, with exit code 0 and without the interpreter's end.
+
+    Torch's caches of sharded operations keep the group, and with it gloo's threads, to the very end.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def share_norms(network: nn.Module, device: torch.device) -> nn.Module:
     """Let the BatchNorms of several CUDA processes use the statistics of the whole batch.
 
@@ -97,7 +118,7 @@ def share_norms(network: nn.Module, device: torch.device) -> nn.Module:
     return network if blocks else convert_sync_batchnorm(network)
 
 
-def wrap_model(model: nn.Module, device: torch.device) -> nn.Module:
+def replicate(model: nn.Module, device: torch.device) -> nn.Module:
     """Wrap the Runner's model in mmengine's DDP when there are several processes."""
     if not distributed.is_initialized():
         return model

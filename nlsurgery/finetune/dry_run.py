@@ -16,11 +16,12 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 
 from nlsurgery.finetune.config import FinetuneConfig
-from nlsurgery.finetune.distributed import process_group, wrap_model
+from nlsurgery.finetune.distributed import process_group
 from nlsurgery.finetune.loading import make_loaders
 from nlsurgery.finetune.memory import explain_out_of_memory
 from nlsurgery.finetune.optim import make_optimizer
 from nlsurgery.finetune.seeding import keep_random_state
+from nlsurgery.finetune.sharding import make_model
 from nlsurgery.finetune.shared_norm import shared_statistics
 from nlsurgery.finetune.training import Say, prepare
 from nlsurgery.tables import count_text
@@ -82,26 +83,30 @@ def estimate(config: FinetuneConfig, *, say: Say = print) -> Estimate:
         SurgeryError: What :func:`nlsurgery.finetune.run` would raise.
     """
     with process_group(config.device) as device, keep_random_state():
-        prepared = prepare(config, device, say)
-        job = prepared.job
-        with explain_out_of_memory(config, prepared.plan), shared_statistics(device):
-            train, val = make_loaders(config, job.train, job.val, job.collate)
-            model = wrap_model(job.wrap(job.network).to(device), device)
-            optimizer = make_optimizer(config, job.network, device)
-            step = _measure_steps(model, train, optimizer, device)
-            scoring = _measure_scoring(model, val, device)
-        num_steps = config.epochs * len(train)
-        return Estimate(
-            num_steps=num_steps,
-            num_train=len(job.train),  # type: ignore[arg-type]
-            num_val=len(job.val),  # type: ignore[arg-type]
-            num_trainable=sum(p.numel() for p in job.network.parameters() if p.requires_grad),
-            step_seconds=step,
-            val_seconds=scoring,
-            total_seconds=num_steps * step + (config.epochs + 1) * scoring,
-            peak_bytes=peak_memory(device),
-            device=str(device),
-        )
+        return _estimate(config, device, say)
+
+
+def _estimate(config: FinetuneConfig, device: torch.device, say: Say) -> Estimate:
+    prepared = prepare(config, device, say)
+    job = prepared.job
+    with explain_out_of_memory(config, prepared.plan), shared_statistics(device):
+        train, val = make_loaders(config, job.train, job.val, job.collate)
+        model = make_model(config, job, device)
+        optimizer = make_optimizer(config, job.network, device)
+        step = _measure_steps(model, train, optimizer, device)
+        scoring = _measure_scoring(model, val, device)
+    num_steps = config.epochs * len(train)
+    return Estimate(
+        num_steps=num_steps,
+        num_train=len(job.train),  # type: ignore[arg-type]
+        num_val=len(job.val),  # type: ignore[arg-type]
+        num_trainable=sum(p.numel() for p in job.network.parameters() if p.requires_grad),
+        step_seconds=step,
+        val_seconds=scoring,
+        total_seconds=num_steps * step + (config.epochs + 1) * scoring,
+        peak_bytes=peak_memory(device),
+        device=str(device),
+    )
 
 
 def _measure_steps(model: Any, loader: Any, optimizer: OptimWrapper, device: torch.device) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nlsurgery.finetune.history import History
 from nlsurgery.finetune.seeding import derive_seed, seed_everything
+from nlsurgery.finetune.sharding import full
 from nlsurgery.reporting import inserted_blocks
 
 #: A run keeps so many points of its loss, and looks at its gates so many times.
@@ -120,7 +121,7 @@ def gate_sizes(model: nn.Module) -> dict[str, float]:
     for name, block in inserted_blocks(model).items():
         gate = getattr(block, "gate", None)
         if isinstance(gate, Tensor):
-            sizes[name] = float(gate.detach().float().square().mean().sqrt())
+            sizes[name] = float(full(gate).float().square().mean().sqrt())
     return sizes
 
 

@@ -20,14 +20,14 @@ from nlsurgery.surgery import apply, disabled
 Outputs = Callable[[nn.Module], Sequence[Tensor]]
 
 
-def build_network(config: FinetuneConfig, num_classes: int) -> tuple[nn.Module, frozenset[str]]:
-    """Build the original model with its weights and a head for the data's classes.
+def build_network(config: FinetuneConfig, **sizes: int) -> tuple[nn.Module, frozenset[str]]:
+    """Build the original model with its weights and a head for the data.
 
     A head of another size in the checkpoint is left out; every other key must fit.
 
     Args:
         config: The run.
-        num_classes: Size of the head.
+        sizes: Of the head, as the library calls them: ``num_classes``, ``num_keypoints``.
 
     Returns:
         The model in eval mode, and the state_dict keys of its head.
@@ -38,8 +38,8 @@ def build_network(config: FinetuneConfig, num_classes: int) -> tuple[nn.Module, 
     """
     if config.pretrained and config.checkpoint is not None:
         raise CheckpointError("give either --checkpoint or --pretrained, not both")
-    model = _create(config, num_classes)
-    head = _head_keys(config, model, num_classes)
+    model = _create(config, sizes)
+    head = _head_keys(config, model, sizes)
     if config.pretrained:
         library = create_model(config.model, pretrained=True).state_dict()
         load_checkpoint(model, library, "the library's checkpoint", head)
@@ -50,9 +50,10 @@ def build_network(config: FinetuneConfig, num_classes: int) -> tuple[nn.Module, 
     return model.eval(), head
 
 
-def _create(config: FinetuneConfig, num_classes: int) -> nn.Module:
+def _create(config: FinetuneConfig, sizes: Mapping[str, int]) -> nn.Module:
     try:
-        return create_model(config.model, num_classes=num_classes)
+        options: dict[str, Any] = dict(sizes)
+        return create_model(config.model, **options)
     except TypeError as error:
         raise ModelError(
             f"model {config.model!r} takes no number of classes, so it cannot be fine-tuned as a "
@@ -60,14 +61,17 @@ def _create(config: FinetuneConfig, num_classes: int) -> nn.Module:
         ) from error
 
 
-def _head_keys(config: FinetuneConfig, model: nn.Module, num_classes: int) -> frozenset[str]:
-    """The keys whose shape depends on the number of classes: the head, whatever it is called."""
+def _head_keys(
+    config: FinetuneConfig, model: nn.Module, sizes: Mapping[str, int]
+) -> frozenset[str]:
+    """The keys whose shape depends on the head's sizes: the head, whatever it is called."""
+    larger = {name: size + 1 for name, size in sizes.items()}
     try:
         with torch.device("meta"):
-            other = _create(config, num_classes + 1).state_dict()
+            other = _create(config, larger).state_dict()
     except (RuntimeError, NotImplementedError):
         with torch.random.fork_rng(devices=[]):
-            other = _create(config, num_classes + 1).state_dict()
+            other = _create(config, larger).state_dict()
     own = model.state_dict()
     head = frozenset(key for key in own if own[key].shape != other[key].shape)
     if not head:
@@ -112,11 +116,8 @@ def load_checkpoint(
     counters = {key: own[key] for key in own if key.endswith(".num_batches_tracked")}
     tensors = {**counters, **tensors}  # frozen norms and old checkpoints have no counters
     other_size = {
-        key
-        for key in head
-        if key in tensors and tensors[key].shape[1:] == own[key].shape[1:]
-        and tensors[key].shape != own[key].shape
-    }  # fmt: skip
+        key for key in head if key in tensors and _differ_in_one(tensors[key].shape, own[key].shape)
+    }
     wanted = set(own) - other_size
     load_tensors(
         model,
@@ -124,6 +125,11 @@ def load_checkpoint(
         origin,
         wanted,
     )
+
+
+def _differ_in_one(one: Sequence[int], other: Sequence[int]) -> bool:
+    """Whether two shapes differ in the size of one axis alone, as heads for other data do."""
+    return len(one) == len(other) and sum(a != b for a, b in zip(one, other, strict=True)) == 1
 
 
 def _resize(model: nn.Module, config: FinetuneConfig) -> None:

@@ -18,12 +18,12 @@ from torch import nn
 
 from nlsurgery.finetune.checkpoints import StateHook
 from nlsurgery.finetune.config import FinetuneConfig
-from nlsurgery.finetune.distributed import wrap_model
 from nlsurgery.finetune.history import History
 from nlsurgery.finetune.hooks import EarlyStopHook, HistoryHook, Progress, SeedHook
 from nlsurgery.finetune.job import Job
 from nlsurgery.finetune.loading import make_loaders
 from nlsurgery.finetune.optim import make_optimizer, make_schedule
+from nlsurgery.finetune.sharding import ShardedEMAHook, make_model
 from nlsurgery.finetune.stopping import StopSignal
 
 LOG_FILE = "train.log"
@@ -52,6 +52,9 @@ class QuietRunner(Runner):
     def wrap_model(self, model_wrapper_cfg: Any, model: nn.Module) -> nn.Module:
         """Leave the model where it is: the Runner would move it to a GPU on its own."""
         return model
+
+    def _init_model_weights(self) -> None:
+        """Leave the weights as they are: sending the first process's shards to all would mix them up."""
 
     def train(self) -> nn.Module:
         """Train, without mmengine's false alarms."""
@@ -82,6 +85,7 @@ def make_runner(
     *,
     fingerprint: Mapping[str, Any],
     state: dict[str, Any] | None,
+    spare: nn.Module | None,
     stop: StopSignal,
     tell: Callable[[dict[str, float]], None],
     progress: Progress | None,
@@ -95,6 +99,7 @@ def make_runner(
         history: Filled along the way.
         fingerprint: Kept in every saved state.
         state: What to go on from, None to start anew.
+        spare: In a sharded run, a whole copy of the operated model to save the weights with.
         stop: Tells that the process was asked to end.
         tell: Called with every score.
         progress: Called after every step.
@@ -104,18 +109,19 @@ def make_runner(
     hooks: list[Any] = [
         SeedHook(config.seed),
         HistoryHook(history, config.epochs * len(loaders[0]), tell, progress),
-        StateHook(folder, history, fingerprint, state, config.save_every, stop),
+        StateHook(folder, history, fingerprint, state, config.save_every, stop, spare),
     ]
     if config.ema is not None:
-        hooks.append(EMAHook(momentum=1 - config.ema, update_buffers=True))
+        kind = ShardedEMAHook if config.shard else EMAHook
+        hooks.append(kind(momentum=1 - config.ema, update_buffers=True))
     if config.early_stop is not None:
         hooks.append(EarlyStopHook(history, config.early_stop))
-    model: nn.Module = job.wrap(job.network).to(device)
+    model = make_model(config, job, device)
     optimizer = make_optimizer(config, job.network, device)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="mmengine")
         return QuietRunner(
-            model=wrap_model(model, device),
+            model=model,
             work_dir=str(folder),
             train_dataloader=loaders[0],
             val_dataloader=loaders[1],

@@ -27,6 +27,7 @@ from nlsurgery.finetune.optim import check_precision, freeze
 from nlsurgery.finetune.pictures import draw_attention
 from nlsurgery.finetune.runner import make_runner
 from nlsurgery.finetune.seeding import keep_random_state
+from nlsurgery.finetune.sharding import check_sharding, spare_copy
 from nlsurgery.finetune.shared_norm import shared_statistics
 from nlsurgery.finetune.stopping import Interrupted, StopSignal
 from nlsurgery.planning import Plan
@@ -95,32 +96,44 @@ def run(
     if not is_first_process():
         say, progress = _ignore, None
     with process_group(config.device) as device, keep_random_state(), StopSignal() as stop:
-        prepared = prepare(config, device, say)
-        fingerprint = _fingerprint(config, prepared.plan)
-        state = read_state(Path(config.work_dir), fingerprint) if config.resume else None
-        barrier()
-        open_folder(config)
-        history = History(prepared.job.score)
-        if config.resume:
-            say(_resume_text(state, config))
-        if state is not None:
-            history.fill(state["history"])
-        runner = make_runner(
-            config, prepared.job, device, history, fingerprint=fingerprint, state=state, stop=stop,
-            tell=lambda row: say(score_text(row)), progress=progress,
-        )  # fmt: skip
-        del state
-        stopped_at = None
-        try:
-            with explain_out_of_memory(config, prepared.plan), shared_statistics(device):
-                runner.train()
-        except Interrupted as end:
-            stopped_at = end.step
-        except DataError as error:
-            raise _without_worker_s_traceback(error) from error
-        finally:
-            runner.close()
-        return _finish(config, prepared, history, stopped_at, device, say)
+        return _run(config, device, stop, say, progress)
+
+
+def _run(
+    config: FinetuneConfig,
+    device: torch.device,
+    stop: StopSignal,
+    say: Say,
+    progress: Progress | None,
+) -> FinetuneResult:
+    prepared = prepare(config, device, say)
+    fingerprint = _fingerprint(config, prepared.plan)
+    state = read_state(Path(config.work_dir), fingerprint) if config.resume else None
+    barrier()
+    open_folder(config)
+    history = History(prepared.job.score)
+    if config.resume:
+        say(_resume_text(state, config))
+    if state is not None:
+        history.fill(state["history"])
+    spare = spare_copy(config, prepared.job.network)
+    runner = make_runner(
+        config, prepared.job, device, history, fingerprint=fingerprint, state=state, spare=spare,
+        stop=stop, tell=lambda row: say(score_text(row)), progress=progress,
+    )  # fmt: skip
+    del state
+    stopped_at = None
+    try:
+        with explain_out_of_memory(config, prepared.plan), shared_statistics(device):
+            runner.train()
+    except Interrupted as end:
+        stopped_at = end.step
+    except DataError as error:
+        raise _without_worker_s_traceback(error) from error
+    finally:
+        runner.close()
+    network = prepared.job.network if spare is None else spare.to(device)
+    return _finish(config, prepared, network, history, stopped_at, device, say)
 
 
 def _ignore(text: str) -> None:
@@ -139,6 +152,7 @@ def prepare(config: FinetuneConfig, device: torch.device, say: Say) -> Operated:
         SurgeryError: Something in the run's input is wrong.
     """
     check_precision(config, device)
+    check_sharding(config)
     if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise SurgeryError(
             "--tensorboard needs TensorBoard, which is not installed: "
@@ -234,6 +248,7 @@ def _without_worker_s_traceback(error: DataError) -> DataError:
 def _finish(
     config: FinetuneConfig,
     prepared: Operated,
+    network: nn.Module,
     history: History,
     stopped_at: int | None,
     device: torch.device,
@@ -245,7 +260,6 @@ def _finish(
         history.write(folder)
         write_curves(history, folder)
         if stopped_at is None:
-            network: nn.Module = prepared.job.network
             _take_saved_weights(network, folder)
             pictures = draw_attention(network, prepared.job, config.pictures, folder, device, say)
     barrier()

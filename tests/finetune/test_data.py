@@ -177,7 +177,7 @@ def test_augmentation_follows_from_seed_epoch_and_index() -> None:
 def test_head_is_found_by_its_shape_and_the_rest_is_loaded(name: str) -> None:
     original = create_model(name, num_classes=7).state_dict()
     config = FinetuneConfig.make(model=name, recipe="x", data="x")
-    network, head = build_network(config, 3)
+    network, head = build_network(config, num_classes=3)
     assert 1 <= len(head) <= 2
     load_checkpoint(network, original, "a file", head)
     state = network.state_dict()
@@ -188,7 +188,7 @@ def test_head_is_found_by_its_shape_and_the_rest_is_loaded(name: str) -> None:
 def test_head_of_the_same_size_is_kept() -> None:
     original = create_model("timm/test_resnet", num_classes=3).state_dict()
     config = FinetuneConfig.make(model="timm/test_resnet", recipe="x", data="x")
-    network, head = build_network(config, 3)
+    network, head = build_network(config, num_classes=3)
     load_checkpoint(network, original, "a file", head)
     assert torch.equal(network.state_dict()["fc.weight"], original["fc.weight"])
 

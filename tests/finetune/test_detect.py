@@ -145,6 +145,28 @@ def test_bad_data_is_one_error_before_anything_is_written(
     assert not Path(values["work_dir"]).exists()
 
 
+def drop_keypoints(root: Path) -> None:
+    def drop(data: Any) -> None:
+        for row in data["annotations"]:
+            del row["keypoints"]
+
+    edit(root, drop)
+
+
+def more_keypoints(root: Path) -> None:
+    edit(root, lambda data: data["annotations"][0]["keypoints"].extend([1, 1, 2]))
+
+
+@pytest.mark.parametrize("damage", [drop_keypoints, more_keypoints])
+def test_keypoints_that_a_model_cannot_learn_are_one_error(
+    coco: Path, values: dict[str, Any], damage: Any
+) -> None:
+    damage(coco)
+    with pytest.raises(DataError, match=r"same number of keypoints .* got [02], [23]"):
+        finetune(values, task="detect", model="keypointrcnn_resnet50_fpn", data=str(coco))
+    assert not Path(values["work_dir"]).exists()
+
+
 def test_classifier_is_refused(coco: Path, values: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="torchvision's detectors"):
         finetune(values, task="detect", data=str(coco))
@@ -229,3 +251,26 @@ def test_mask_model_learns_squares_from_a_checkpoint(coco: Path, tmp_path: Path)
     trained = nlsurgery.checkpoint.read_state_dict(result.model_file)
     key = "backbone.body.layer3.0.bn1.running_mean"
     assert torch.equal(trained[key], original.state_dict()[key])
+
+
+@pytest.mark.slow
+def test_keypoint_head_is_operated_on_and_gets_the_data_s_keypoints(
+    coco: Path, tmp_path: Path
+) -> None:
+    """COCO's 17 keypoints in the checkpoint, two in the data; the recipe's blocks sit in the head."""
+    torch.manual_seed(0)
+    model = "keypointrcnn_resnet50_fpn"
+    torch.save(create_model(model).state_dict(), tmp_path / "original.pth")
+    values = {
+        **run_values(coco, tmp_path / "work"), "task": "detect", "model": model, "epochs": 1,
+        "recipe": "keypoint_head_4blocks", "batch_size": 2, "image_size": 64, "lr": 1e-3,
+        "checkpoint": str(tmp_path / "original.pth"),
+    }  # fmt: skip
+    result, _ = finetune(values)
+    assert result.max_difference == 0
+    assert "keypoint_AP" in result.after
+    trained = nlsurgery.load(create_model(model, num_classes=3, num_keypoints=2), result.model_file)
+    blocks = nlsurgery.inserted_blocks(trained)
+    assert len(blocks) == 4
+    assert all(name.startswith("roi_heads.keypoint_head.") for name in blocks)
+    assert any(block.gate.abs().max() > 0 for block in blocks.values())

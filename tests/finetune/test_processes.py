@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -15,15 +16,23 @@ import torch
 import torch.nn.functional as F
 import yaml
 
+from nlsurgery.checkpoint import read_state_dict
 from nlsurgery.errors import DataError, SurgeryError
 from nlsurgery.finetune.distributed import choose_device
 from nlsurgery.finetune.loading import EpochSampler
 from tests.finetune.conftest import finetune
 
 SCRIPT = """
-import sys, yaml
+import pathlib, sys, yaml
 from nlsurgery.finetune import FinetuneConfig, run
-run(FinetuneConfig.make(**yaml.safe_load(sys.argv[1])))
+from nlsurgery.finetune.distributed import leave
+config = FinetuneConfig.make(**yaml.safe_load(sys.argv[1]))
+run(config)
+if config.shard:
+    leave()
+tasks = pathlib.Path("/proc/self/task")
+names = [(task / "comm").read_text() for task in tasks.iterdir()] if tasks.exists() else []
+assert not [name for name in names if "gloo" in name], names
 """
 
 NORM = """
@@ -65,16 +74,20 @@ def start_two(script: str, argument: str) -> None:
     assert [process.returncode for process in processes] == [0, 0], errors
 
 
+@pytest.mark.parametrize("shard", [False, True], ids=["replicated", "sharded"])
 @pytest.mark.parametrize(
     "model", ["timm/test_resnet", pytest.param("timm/test_convnext", marks=pytest.mark.slow)]
 )
 def test_two_processes_give_the_numbers_of_one(
-    values: dict[str, Any], tmp_path: Path, model: str
+    values: dict[str, Any], tmp_path: Path, model: str, shard: bool
 ) -> None:
-    changes = {"model": model, "lr": 1e-3, "image_size": 64, "augment": "default"}
+    changes: dict[str, Any] = {"model": model, "lr": 1e-3, "image_size": 64, "augment": "default"}
+    if shard:
+        changes |= {"optimizer": "adamw", "clip_grad": 1.0, "ema": 0.5, "pictures": 1}
     one, _ = finetune(values, **changes)
     folder = tmp_path / "two"
-    start_two(SCRIPT, yaml.safe_dump({**values, **changes, "work_dir": str(folder)}))
+    both = {**values, **changes, "work_dir": str(folder), "shard": shard}
+    start_two(SCRIPT, yaml.safe_dump(both))
     two = json.loads((folder / "history.json").read_text())
     alone = json.loads((one.work_dir / "history.json").read_text())
     assert len(two["steps"]) == 6
@@ -82,6 +95,56 @@ def test_two_processes_give_the_numbers_of_one(
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
     for ours, theirs in zip(two["scores"], alone["scores"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3)
+
+
+STOPPED = """
+import os, signal, sys, yaml
+from nlsurgery.finetune import FinetuneConfig, run
+from nlsurgery.finetune.distributed import leave
+config = FinetuneConfig.make(**yaml.safe_load(sys.argv[1]))
+def stop(step, steps, shown):
+    if step == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+assert run(config, progress=stop).stopped_at == 3
+leave()
+"""
+
+
+def test_a_sharded_run_goes_on_in_any_number_of_processes(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    """SIGTERM comes between two steps whose gradients are added up, to one of the two processes."""
+    changes = {**values, "optimizer": "adamw", "lr": 1e-3, "ema": 0.5, "accumulate": 2}
+    expected, _ = finetune(changes)
+    folders = [tmp_path / "two", tmp_path / "one"]
+    both = {**changes, "work_dir": str(folders[0]), "shard": True}
+    start_two(STOPPED, yaml.safe_dump(both))
+    state = torch.load(folders[0] / "last.pth", weights_only=True)
+    shapes = {key: value.shape for key, value in state["model"].items()}
+    assert {key: grad.shape for key, grad in state["grads"].items()}.items() <= shapes.items()
+    assert state["grads"]
+    shutil.copytree(folders[0], folders[1])
+    start_two(SCRIPT, yaml.safe_dump({**both, "resume": True}))
+    finetune(changes, work_dir=str(folders[1]), resume=True)
+    for folder in folders:
+        close = {"rel": 2e-3, "abs": 2e-4}
+        ours, theirs = (
+            json.loads((where / "history.json").read_text())
+            for where in (folder, expected.work_dir)
+        )
+        assert [step["loss"] for step in ours["steps"]] == pytest.approx(
+            [step["loss"] for step in theirs["steps"]], **close
+        )
+        for name in ("model.safetensors", "best.safetensors"):
+            weights = read_state_dict(folder / name)
+            for key, value in read_state_dict(expected.work_dir / name).items():
+                torch.testing.assert_close(weights[key], value, rtol=2e-2, atol=2e-3)
+
+
+def test_sharding_one_process_is_an_error(values: dict[str, Any]) -> None:
+    with pytest.raises(SurgeryError, match=r"--shard .* there is one: start it with torchrun"):
+        finetune(values, shard=True)
+    assert not Path(values["work_dir"]).exists()
 
 
 def test_shared_norm_is_batch_norm_over_all_processes(tmp_path: Path) -> None:
