@@ -231,11 +231,14 @@ def complete(given: dict[str, Any]) -> dict[str, Any]:
         typer.BadParameter: A model without its recipe or data, or a checkpoint of nothing.
     """
     from nlsurgery.finetune.config import FinetuneConfig, demo_values
+    from nlsurgery.finetune.distributed import num_processes
 
     if given.get("resume") and "model" not in given:
         folder = latest_run(given.get("work_dir"))
         if folder is not None:
-            return {**FinetuneConfig.read(folder).model_dump(), "work_dir": str(folder), **given}
+            started = FinetuneConfig.read(folder).model_dump()
+            started["shard"] = started["shard"] and num_processes() > 1
+            return {**started, "work_dir": str(folder), **given}
     if "model" in given:
         missing = [f"--{key}" for key in ("recipe", "data") if key not in given]
         if missing:

@@ -162,3 +162,13 @@ def test_demo_reaches_its_score(tmp_path: Path, capsys: pytest.CaptureFixture[st
     last = next(line for line in out.splitlines() if line.startswith("validation accuracy"))
     assert float(last.split("->")[1].split()[0]) > 95
     assert len(list((tmp_path / "demo" / "attention").glob("*.png"))) == 8
+
+
+@pytest.mark.parametrize(("processes", "sharded"), [("1", False), ("2", True)])
+def test_resume_shards_where_there_is_something_to_shard_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: str, sharded: bool
+) -> None:
+    FinetuneConfig.make(**demo_values(), shard=True).write(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    made = complete({"resume": True, "work_dir": str(tmp_path)})
+    assert made["shard"] is sharded
