@@ -9,6 +9,8 @@ from typing import Any
 
 from benchmarks.coverage_checks import RUN_COLUMNS, TOOL_COLUMNS
 
+#: Bounds between the sizes that the page counts by, in millions of parameters.
+SIZES = (20, 40, 60, 90, 300)
 COLUMNS = ("plan", *RUN_COLUMNS, *TOOL_COLUMNS)
 
 
@@ -47,6 +49,11 @@ def table(rows: Sequence[dict[str, Any]], totals: dict[str, int]) -> str:
         "Made by `benchmarks/coverage.py`; do not edit. Ran with " + versions() + ".",
         "",
         *_summary(rows, totals),
+        "",
+        "Models are run with their weights from the smallest up, some 15 s each on one core and more "
+        "with their size; what is empty below has not had its turn (an *n/a* is no failure):",
+        "",
+        *_by_size(rows),
         "",
         "A column is *yes*, the reason why not, *n/a* where the original model does not pass either (or "
         "has no such form), or empty where it was not run. What each column tries:",
@@ -98,6 +105,26 @@ def _summary(rows: Sequence[dict[str, Any]], totals: dict[str, int]) -> list[str
             f"CPU seconds of `plan`: median {statistics.median(times):.2f}, most {max(times):.1f}.",
         ]
     return lines
+
+
+def _by_size(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How many models of each size had every column tried, and hold them all."""
+    lines = ["| million parameters | models | every column tried | hold |", "|---|---|---|---|"]
+    for low, high in zip((0, *SIZES), (*SIZES, None), strict=True):
+        mine = [
+            row
+            for row in rows
+            if "params" in row and low <= row["params"] / 1e6 and not _above(row, high)
+        ]
+        whole = [row for row in mine if all(_cell(row, column) for column in COLUMNS)]
+        held = sum(not failures(row) for row in whole)
+        name = f"{low} to {high}" if high else f"from {low}"
+        lines.append(f"| {name} | {len(mine)} | {len(whole)} | {held} |")
+    return lines
+
+
+def _above(row: dict[str, Any], millions: int | None) -> bool:
+    return millions is not None and row["params"] / 1e6 >= millions
 
 
 def _cell(row: dict[str, Any], column: str) -> str:

@@ -58,6 +58,16 @@ def test_a_column_that_does_not_hold_is_a_failure() -> None:
     assert failures({"spec": "x", "error": "boom"}) == ["plan: boom"]
 
 
+def test_table_counts_models_by_size() -> None:
+    whole = {**ROW, "params": 20_000_000, "backward": "yes"}
+    whole |= dict.fromkeys(("compile", "export", "fx", "features_only"), "yes")
+    broken = {**whole, "spec": "timm/resnet34", "fx": "no: TraceError"}
+    page = table([whole, broken, {**ROW, "params": 1}], {"timm": 10})
+    assert "| 20 to 40 | 2 | 2 | 1 |" in page
+    assert "| 0 to 20 | 1 | 0 | 0 |" in page
+    assert "| **timm, every column** | 2 | 10 | 1 (50.0%) |" in page
+
+
 def test_table_counts_what_was_run() -> None:
     page = table([ROW], {"timm": 10})
     assert "| timm, identity | 1 | 10 | 1 (100.0%) |" in page
