@@ -134,14 +134,11 @@ def check_weights(entry: Entry, row: dict[str, Any], tools: bool) -> Iterator[tu
     yield "deepcopy", _answer(lambda: _copy_is_its_own(model, row))
     if not tools:
         return
-    answers = {
-        name: _answer(lambda tool=tool: _with_tool(model, row, tool))
-        for name, tool in TOOLS.items()
-    }
     for name, tool in TOOLS.items():
-        yield name, _unless_original_fails(answers[name], entry, row, tool)
-    features = (lambda: _features_only(entry, row)) if entry.library == "timm" else None
-    yield "features_only", _answer(features) if features else "n/a"
+        answer = _answer(lambda tool=tool: _with_tool(model, row, tool))
+        yield name, _unless_original_fails(answer, entry, row, tool)
+    timm = entry.library == "timm"
+    yield "features_only", _answer(lambda: _features_only(entry, row)) if timm else "n/a"
 
 
 def _unless_original_fails(answer: str, entry: Entry, row: dict[str, Any], tool: Tool) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import statistics
 from collections.abc import Sequence
@@ -94,10 +95,9 @@ def _summary(rows: Sequence[dict[str, Any]], totals: dict[str, int]) -> list[str
             good = sum(_cell(row, column) == "yes" for row in tried)
             share = f"{good} ({good / len(tried):.1%})" if tried else "not run"
             lines.append(f"| {library}, {column} | {len(tried)} | {total} | {share} |")
-        whole = [row for row in mine if all(_cell(row, column) for column in COLUMNS)]
-        held = sum(not failures(row) for row in whole)
-        share = f"{held} ({held / len(whole):.1%})" if whole else "not run"
-        lines.append(f"| **{library}, every column** | {len(whole)} | {total} | {share} |")
+        whole, held = _whole_and_held(mine)
+        share = f"{held} ({held / whole:.1%})" if whole else "not run"
+        lines.append(f"| **{library}, every column** | {whole} | {total} | {share} |")
     times = [row["plan_s"] for row in rows if "plan_s" in row]
     if times:
         lines += [
@@ -110,21 +110,18 @@ def _summary(rows: Sequence[dict[str, Any]], totals: dict[str, int]) -> list[str
 def _by_size(rows: Sequence[dict[str, Any]]) -> list[str]:
     """How many models of each size had every column tried, and hold them all."""
     lines = ["| million parameters | models | every column tried | hold |", "|---|---|---|---|"]
-    for low, high in zip((0, *SIZES), (*SIZES, None), strict=True):
-        mine = [
-            row
-            for row in rows
-            if "params" in row and low <= row["params"] / 1e6 and not _above(row, high)
-        ]
-        whole = [row for row in mine if all(_cell(row, column) for column in COLUMNS)]
-        held = sum(not failures(row) for row in whole)
-        name = f"{low} to {high}" if high else f"from {low}"
-        lines.append(f"| {name} | {len(mine)} | {len(whole)} | {held} |")
+    for low, high in zip((0, *SIZES), (*SIZES, math.inf), strict=True):
+        mine = [row for row in rows if "params" in row and low <= row["params"] / 1e6 < high]
+        whole, held = _whole_and_held(mine)
+        name = f"{low} to {high}" if high < math.inf else f"from {low}"
+        lines.append(f"| {name} | {len(mine)} | {whole} | {held} |")
     return lines
 
 
-def _above(row: dict[str, Any], millions: int | None) -> bool:
-    return millions is not None and row["params"] / 1e6 >= millions
+def _whole_and_held(rows: Sequence[dict[str, Any]]) -> tuple[int, int]:
+    """How many rows have an answer in every column, and how many of these hold them all."""
+    whole = [row for row in rows if all(_cell(row, column) for column in COLUMNS)]
+    return len(whole), sum(not failures(row) for row in whole)
 
 
 def _cell(row: dict[str, Any], column: str) -> str:

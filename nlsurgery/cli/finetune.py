@@ -192,19 +192,14 @@ def finetune(
 
     config = FinetuneConfig.make(**complete(values))
     if dry_run:
-        say = console.say if is_first_process() else _ignore
-        say(str(estimate(config, say=say)))
+        text = str(estimate(config, say=console.say))
     else:
         with console.progress_bar() as progress:
-            result = run(config, say=progress.say, progress=progress.update)
-        if is_first_process():
-            console.say(summary(result))
+            text = summary(run(config, say=progress.say, progress=progress.update))
+    if is_first_process():
+        console.say(text)
     if config.shard:
         leave()
-
-
-def _ignore(text: str) -> None:
-    """Say nothing: the first process speaks for all."""
 
 
 def parse_epochs(text: str | None) -> tuple[int, ...] | None:

@@ -16,14 +16,14 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 
 from nlsurgery.finetune.config import FinetuneConfig
-from nlsurgery.finetune.distributed import process_group
+from nlsurgery.finetune.distributed import is_first_process, process_group
 from nlsurgery.finetune.loading import make_loaders
 from nlsurgery.finetune.memory import explain_out_of_memory
 from nlsurgery.finetune.optim import make_optimizer
 from nlsurgery.finetune.seeding import keep_random_state
 from nlsurgery.finetune.sharding import make_model
 from nlsurgery.finetune.shared_norm import shared_statistics
-from nlsurgery.finetune.training import Say, prepare
+from nlsurgery.finetune.training import Say, prepare, say_nothing
 from nlsurgery.tables import count_text
 
 #: Steps measured, after one that warms up.
@@ -82,6 +82,8 @@ def estimate(config: FinetuneConfig, *, say: Say = print) -> Estimate:
     Raises:
         SurgeryError: What :func:`nlsurgery.finetune.run` would raise.
     """
+    if not is_first_process():
+        say = say_nothing
     with process_group(config.device) as device, keep_random_state():
         return _estimate(config, device, say)
 

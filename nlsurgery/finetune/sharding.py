@@ -152,30 +152,25 @@ def optimizer_shards(state: Mapping[str, Any], optimizer: torch.optim.Optimizer)
 class ShardedEMAHook(EMAHook):
     """mmengine's EMA of a sharded model, whose average is sharded alike.
 
-    mmengine copies the model, which a sharded one cannot be; the average here is a tree of modules with
-    copies of its parameters and buffers, which runs nothing.
+    mmengine copies the model, which a sharded one cannot be; what it copies here is a tree of modules
+    with the same parameters and buffers, which runs nothing.
     """
 
     def before_run(self, runner: Runner) -> None:
         """Make the average."""
         options = {key: value for key, value in self.ema_cfg.items() if key != "type"}
         self.src_model = runner.model
-        self.ema_model = ExponentialMovingAverage(_skeleton(runner.model, {}), **options)
+        self.ema_model = ExponentialMovingAverage(_skeleton(runner.model), **options)
 
 
-def _skeleton(module: nn.Module, known: dict[int, Any]) -> nn.Module:
-    """A tree of bare modules with copies of a module's parameters and buffers, ties kept."""
-    if id(module) in known:
-        made: nn.Module = known[id(module)]
-        return made
-    bare = known[id(module)] = nn.Module()
+def _skeleton(module: nn.Module) -> nn.Module:
+    """A tree of bare modules that hold a module's own parameters and buffers."""
+    bare = nn.Module()
     for name, parameter in module._parameters.items():
-        if parameter is not None and id(parameter) not in known:
-            known[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
-        bare.register_parameter(name, None if parameter is None else known[id(parameter)])
+        bare.register_parameter(name, parameter)
     for name, buffer in module._buffers.items():
         persistent = name not in module._non_persistent_buffers_set
-        bare.register_buffer(name, copy.deepcopy(buffer), persistent=persistent)
+        bare.register_buffer(name, buffer, persistent=persistent)
     for name, child in module._modules.items():
-        bare.add_module(name, None if child is None else _skeleton(child, known))
+        bare.add_module(name, None if child is None else _skeleton(child))
     return bare

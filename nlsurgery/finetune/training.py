@@ -94,7 +94,7 @@ def run(
         SurgeryError: Bad model, checkpoint, recipe or data; nothing has been written then.
     """
     if not is_first_process():
-        say, progress = _ignore, None
+        say, progress = say_nothing, None
     with process_group(config.device) as device, keep_random_state(), StopSignal() as stop:
         return _run(config, device, stop, say, progress)
 
@@ -136,7 +136,7 @@ def _run(
     return _finish(config, prepared, network, history, stopped_at, device, say)
 
 
-def _ignore(text: str) -> None:
+def say_nothing(text: str) -> None:
     """Say nothing: the first process speaks for all."""
 
 
