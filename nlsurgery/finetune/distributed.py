@@ -87,9 +87,10 @@ def num_processes() -> int:
 
 
 def leave() -> NoReturn:
-    """End a process of a sharded run at once, with exit code 0 and without the interpreter's end.
+    """End one of several processes at once, with exit code 0 and without the interpreter's end.
 
-    Torch's caches of sharded operations keep the group, and with it gloo's threads, to the very end.
+    For what keeps the group, and with it gloo's threads, to the very end: torch's caches of sharded
+    operations do.
     """
     sys.stdout.flush()
     sys.stderr.flush()
