@@ -8,6 +8,7 @@ inputs in all of them: unscaled logits in bfloat16 are off by up to 0.1.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,11 +22,14 @@ _softmax_backward = torch.ops.aten._softmax_backward_data.out
 #: Bytes of logits that one chunk may take: they should stay in the last-level cache.
 CHUNK_BYTES = 16 << 20
 #: Beyond this size (times a share by the row's largest weight), rounding a logit to bfloat16
-#: shows in the result.
-ROUNDED_LOGIT = 3.0
-#: How many rows of a chunk are looked at first, and one key in how many.
+#: shows in the result; and what a guess may leave of a row's largest logit.
+ROUNDED_LOGIT, LEFT_LOGIT = 3.0, 4.0
+#: The logarithms of a row's sum of exponentials between which no row leaves so much: its share is
+#: at most 0.781, where the largest weight is 0.61.
+LEFT_TOTAL = (-4.6, 5.6)
+#: How many rows of a map are looked at first, and how many rows and keys a map has at least for that.
 FEW_ROWS = 32
-SAMPLED = 8
+MANY = 128
 
 
 def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> Tensor:
@@ -76,18 +80,38 @@ def chunks(
             yield slice(first, first + together), slice(row, min(row + step, num_queries))
 
 
-class _Workspace:
-    """One piece of memory for the chunks of a call, one after the other."""
+_kept = threading.local()
 
-    def __init__(self, like: Tensor, dtype: torch.dtype) -> None:
+
+class _Workspace:
+    """One piece of memory for the chunks of a call, one after the other.
+
+    On a CPU a thread keeps up to :data:`CHUNK_BYTES` of each name: to get new pages from the system
+    for every call takes as long as a chunk's softmax.
+    """
+
+    def __init__(self, like: Tensor, dtype: torch.dtype, name: str) -> None:
         self.buffer = like.new_empty(0, dtype=dtype)
+        self.name = name
 
     def take(self, *shape: int) -> Tensor:
         """An uninitialised tensor over it."""
         size = math.prod(shape)
         if self.buffer.numel() < size:
-            self.buffer = self.buffer.new_empty(size)
+            self.buffer = self._memory(size)
         return self.buffer[:size].view(shape)
+
+    def _memory(self, size: int) -> Tensor:
+        num_bytes = size * self.buffer.itemsize
+        plain = type(self.buffer) is Tensor and self.buffer.device.type == "cpu"
+        if not plain or num_bytes > CHUNK_BYTES:
+            return self.buffer.new_empty(size)
+        kept: Tensor | None = getattr(_kept, self.name, None)
+        if kept is None or kept.numel() < num_bytes:
+            with torch.inference_mode(False):
+                kept = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+            setattr(_kept, self.name, kept)
+        return kept[:num_bytes].view(self.buffer.dtype)
 
 
 class _Logits:
@@ -96,78 +120,101 @@ class _Logits:
     In bfloat16 on a CPU a float32 product takes more than twice as long, and no product of
     bfloat16 gives float32. There the product runs in bfloat16, and where a row's largest logit
     m is so large that rounding it matters, with -m in the accumulator: the logits that weigh are
-    then near 0, where bfloat16 is fine enough. A sample of the keys gives a guess of m; rows that
-    it misses are done again.
+    then near 0, where bfloat16 is fine enough. A few rows give a guess of all m; rows that it
+    misses are done again.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, scale: float) -> None:
+    def __init__(self, q: Tensor, k: Tensor, scale: float, *, keep: bool = False) -> None:
         self.rounded = q.dtype == torch.bfloat16 and q.device.type == "cpu"
         self.dtype = q.dtype if self.rounded else accumulator(q.dtype)
         self.scale = scale
         self.q, self.k = q, k.to(self.dtype)
-        self.workspace = _Workspace(self.q, self.dtype)
+        self.workspace = None if keep else _Workspace(q, self.dtype, "logits")
 
     def again(self, b: slice, i: slice, shift: Tensor | None) -> Tensor:
         """Probabilities of queries ``i`` of batch items ``b`` by the shift :meth:`rows` gave."""
         queries, keys = self._factors(b, i)
         return self._softmax(self._product(queries, keys, shift))
 
-    def rows(self, b: slice, i: slice) -> tuple[Tensor, Tensor | None]:
+    def rows(self, b: slice, i: slice, guess: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Probabilities of queries ``i`` of batch items ``b``, and their shift if there is one.
 
-        They lie in the workspace, and hold until the next call.
+        Unless they are to be kept, they lie in a workspace, and hold until the next call.
+
+        Args:
+            b: Batch items.
+            i: Queries.
+            guess: What :meth:`guess` gave.
         """
         queries, keys = self._factors(b, i)
-        if self.rounded and (guess := self._guess(queries, keys)) is not None:
-            return self._shifted(queries, keys, guess)
+        if guess is not None:
+            return self._shifted(queries, keys, guess[b, i])
         logits = self._product(queries, keys, None)
         if not self.rounded or self._largest(logits) <= ROUNDED_LOGIT:
             return self._softmax(logits), None
         top = logits.amax(-1, keepdim=True)
         p = self._softmax(logits)
-        if not self._matters(top, p).any():
+        largest = p.amax(-1, keepdim=True).float()
+        if not self._matters(top * abs(self.scale), largest, ROUNDED_LOGIT).any():
             return p, None
         return self._softmax(self._product(queries, keys, top)), top
 
-    def _guess(self, queries: Tensor, keys: Tensor) -> Tensor | None:
-        """An estimate of each row's largest logit, (B, n, 1), from one key in :data:`SAMPLED`.
+    def guess(self) -> Tensor | None:
+        """For each row a logit near those that weigh, (B, N, 1).
 
-        ``None`` for small chunks, and where a few whole rows say that rounding does not show.
+        Over keys of mean k̄ that spread alike in all directions, such a logit of q is q·k̄ + c|q|; a
+        few whole rows, each with the mean of its logits by the squares of their weights, tell c.
+        ``None`` for small maps, and where the rows say that rounding does not show.
         """
-        every = queries.shape[1] // FEW_ROWS
-        if every < 4 or keys.shape[2] < 16 * SAMPLED:
+        every = self.q.shape[1] // FEW_ROWS
+        if not self.rounded or min(self.q.shape[1], self.k.shape[1]) < MANY:
             return None
-        logits = torch.bmm(queries[:, ::every], keys)
-        top = logits.amax(-1, keepdim=True)
-        if not self._matters(top, torch.softmax(logits * self.scale, -1)).any():
+        logits = torch.bmm(self.q[:, ::every], self.k.transpose(1, 2))
+        if self._largest(logits.amax(-1)) <= ROUNDED_LOGIT:
             return None
-        guess = torch.bmm(queries, keys[:, :, ::SAMPLED]).amax(-1, keepdim=True)
-        return guess + (top - guess[:, ::every]).median()
+        weights = torch.softmax(logits * (2 * self.scale), -1)
+        centre = (weights * logits).sum(-1, keepdim=True)
+        mean = (self.q * self.k.mean(1, keepdim=True)).sum(-1, keepdim=True)
+        length = (self.q * self.q).sum(-1, keepdim=True).sqrt_()
+        ratio = (centre - mean[:, ::every]) / length[:, ::every]
+        return mean.addcmul_(length, ratio.nanmedian(1, keepdim=True).values.nan_to_num_(0.0))
 
     def _shifted(self, queries: Tensor, keys: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """Rows by a guessed shift; those whose largest logit it misses by too much once more."""
         logits = self._product(queries, keys, shift)
-        top = logits.amax(-1, keepdim=True)
+        first = logits[..., 0].float() * self.scale
         p = self._softmax(logits)
-        missed = torch.zeros_like(top, dtype=torch.bool)
-        far = top.abs() * abs(self.scale) > ROUNDED_LOGIT
-        missed[far] = self._matters(top[far].unsqueeze(1), p[far.squeeze(2)]).squeeze(1)
-        shift = torch.where(missed, shift + top, shift)
-        if 2 * missed.sum().item() > missed.numel():
+        # A row's largest logit is the logarithm of its sum plus that of its largest weight.
+        total = first - p[..., 0].float().log_()
+        rows = ((total < LEFT_TOTAL[1]) & (total > LEFT_TOTAL[0])).logical_not_()
+        item, row = rows.nonzero(as_tuple=True)
+        if not row.numel():
+            return p, shift
+        largest, key = p[item, row].max(-1)
+        exact = (queries[item, row].float() * keys[item, :, key]).sum(-1)
+        left = (exact - shift[item, row, 0]) * self.scale
+        missed = self._matters(left, largest.float(), LEFT_LOGIT)
+        if not missed.any():
+            return p, shift
+        item, row = item[missed], row[missed]
+        shift = shift.clone()
+        shift[item, row, 0] = exact[missed].to(shift.dtype)
+        if 2 * row.numel() > rows.numel():
             return self._softmax(self._product(queries, keys, shift)), shift
-        for item, rows in enumerate(missed.squeeze(2)):
-            again = rows.nonzero().squeeze(1)
-            if again.numel():
-                one = slice(item, item + 1)
-                exact = torch.baddbmm(-shift[one, again], queries[one, again], keys[one])
-                p[item, again] = self._softmax(exact)[0]
+        for one in sorted(set(item.tolist())):
+            again = row[item == one]
+            logits = torch.baddbmm(
+                -shift[one, again][None], queries[one, again][None], keys[one][None]
+            )
+            p[one, again] = self._softmax(logits)[0]
         return p, shift
 
     def _factors(self, b: slice, i: slice) -> tuple[Tensor, Tensor]:
         return self.q[b, i].to(self.dtype), self.k[b].transpose(1, 2)
 
     def _product(self, queries: Tensor, keys: Tensor, shift: Tensor | None) -> Tensor:
-        out = self.workspace.take(queries.shape[0], queries.shape[1], keys.shape[2])
+        size = (queries.shape[0], queries.shape[1], keys.shape[2])
+        out = self.workspace.take(*size) if self.workspace else None
         if shift is None:
             return torch.bmm(queries, keys, out=out)
         return torch.baddbmm(-shift, queries, keys, out=out)
@@ -178,21 +225,22 @@ class _Logits:
         low, high = logits.aminmax()
         return abs(self.scale) * max(-low.item(), high.item())
 
-    def _matters(self, top: Tensor, p: Tensor) -> Tensor:
+    @staticmethod
+    def _matters(top: Tensor, largest: Tensor, bound: float) -> Tensor:
         """Where rounding shows: it grows with a logit, and averages out over keys of like weight.
 
         A row that is nearly one key's alone hardly changes with that key's logit either.
 
         Args:
-            top: (…, 1), the rows' largest logits.
-            p: (…, M), their probabilities.
+            top: The rows' largest logits.
+            largest: Their largest weights.
+            bound: How large a logit may be in a row whose weight is one key's as much as others'.
 
         Returns:
-            (…, 1) of bool, False wherever ``top`` is at most :data:`ROUNDED_LOGIT`.
+            bool, False wherever ``top`` is at most ``bound``.
         """
-        largest = p.amax(-1, keepdim=True).float()
         share = torch.minimum(largest.sqrt(), 2 * (1 - largest))
-        return top.abs() * abs(self.scale) * share > ROUNDED_LOGIT
+        return top.abs() * share > bound
 
     def _softmax(self, logits: Tensor) -> Tensor:
         if self.scale != 1.0:
@@ -208,17 +256,18 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        logits = _Logits(q, k, scale)
-        y = empty_as(v, q.shape[1])
         keep = any(ctx.needs_input_grad[:3]) and fits(k.shape[1], v.shape[2])
+        logits = _Logits(q, k, scale, keep=keep)
+        y = empty_as(v, q.shape[1])
+        guess = logits.guess()
         kept: list[Tensor] = []
         ctx.shifts = []
         for b, i in chunks(q.shape[0], q.shape[1], k.shape[1], logits.dtype.itemsize):
-            p, shift = logits.rows(b, i)
+            p, shift = logits.rows(b, i, guess)
             weights = p.to(v.dtype)
             ctx.shifts.append(shift)
             if keep:
-                kept.append(weights.clone() if weights is p else weights)
+                kept.append(weights)
             y[b, i] = apply_map(weights, v[b])
         ctx.save_for_backward(q, k, v, *kept)
         ctx.scale = scale
@@ -232,9 +281,8 @@ class _Chunked(torch.autograd.Function):
         dtype = logits.dtype
         values = v.to(dtype)
         dq = empty_as(q, q.shape[1])
-        dk = torch.zeros(k.shape, dtype=accumulator(dtype), device=k.device)
-        dv = torch.zeros(v.shape, dtype=accumulator(dtype), device=v.device)
-        workspace = _Workspace(q, dtype)
+        dk, dv = (empty_as(t, t.shape[1], accumulator(dtype)).zero_() for t in (k, v))
+        workspace = _Workspace(q, dtype, "gradients")
         pieces = chunks(q.shape[0], q.shape[1], k.shape[1], dtype.itemsize)
         for index, (b, i) in enumerate(pieces):
             queries, grad = q[b, i].to(dtype), dy[b, i].to(dtype)
@@ -248,17 +296,20 @@ class _Chunked(torch.autograd.Function):
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
 
 
-def empty_as(tokens: Tensor, count: int) -> Tensor:
+def empty_as(tokens: Tensor, count: int, dtype: torch.dtype | None = None) -> Tensor:
     """(B, count, C) uninitialised, in memory as ``tokens`` lies: tokens or channels first."""
     batch, channels = tokens.shape[0], tokens.shape[2]
     if tokens.stride(1) == 1:
-        return tokens.new_empty(batch, channels, count).transpose(1, 2)
-    return tokens.new_empty(batch, count, channels)
+        return tokens.new_empty(batch, channels, count, dtype=dtype).transpose(1, 2)
+    return tokens.new_empty(batch, count, channels, dtype=dtype)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
-    """Add factor · aᵀb to ``total``, in the precision of ``total``."""
+    """Add factor · aᵀb to ``total``, in the precision and memory order of ``total``."""
+    first, second = a.transpose(1, 2), b
+    if total.stride(1) == 1:
+        total, first, second = total.transpose(1, 2), b.transpose(1, 2), a
     if total.dtype == a.dtype:
-        total.baddbmm_(a.transpose(1, 2), b, alpha=factor)
+        total.baddbmm_(first, second, alpha=factor)
     else:
-        total.add_(torch.bmm(a.transpose(1, 2), b), alpha=factor)
+        total.add_(torch.bmm(first, second), alpha=factor)

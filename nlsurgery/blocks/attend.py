@@ -12,10 +12,8 @@ from nlsurgery.blocks.affinity_concat import concatenation_attend
 from nlsurgery.blocks.affinity_dot import dot_product_attend
 from nlsurgery.blocks.affinity_softmax import softmax_attend
 from nlsurgery.blocks.choose import choose_implementation
-from nlsurgery.blocks.geometry import to_map, to_tokens
+from nlsurgery.blocks.geometry import CHANNELS_LAST, to_map, to_tokens
 from nlsurgery.blocks.residual import convolve, is_plain
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def num_keys(spatial: Sequence[int], sub_sample: bool) -> int:
@@ -53,8 +51,8 @@ def laid_out(
             dtype=x.dtype,
             device_type=x.device.type,
         )
-    if form in ("fused", "sorted") and x.dim() in _CHANNELS_LAST:
-        return x.contiguous(memory_format=_CHANNELS_LAST[x.dim()])
+    if form in ("fused", "sorted") and x.dim() in CHANNELS_LAST:
+        return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
     return x
 
 

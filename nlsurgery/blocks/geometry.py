@@ -18,6 +18,8 @@ CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     2: nn.Conv2d,
     3: nn.Conv3d,
 }
+#: The memory format with channels last, by a map's number of dimensions.
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def pointwise(in_channels: int, out_channels: int, dims: int, *, bias: bool = True) -> nn.Module:

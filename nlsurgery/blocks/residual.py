@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nlsurgery.blocks.geometry import CHANNELS_LAST
 from nlsurgery.blocks.norms import BatchNorm
 
 #: Below so many values, batch normalisation takes less time than folding it.
@@ -183,8 +185,19 @@ def add_projected(x: Tensor, y: Tensor, out: nn.Module, norm: nn.Module | None) 
         z = finite(_folded(y, out, norm), fresh=True)
     else:
         z = finite(project(out, y), fresh=plain)
-        z = z if norm is None else norm(z)
+        z = z if norm is None else _with_dense_gradient(norm(z))
     return add_branch(x, z)
+
+
+def _with_dense_gradient(z: Tensor) -> Tensor:
+    # torch's CPU normalisations take ten times as long in backward where the gradient lies in memory
+    # other than their input does, or is expanded, as that of a sum is.
+    if torch.compiler.is_compiling() or not (z.requires_grad and z.device.type == "cpu"):
+        return z
+    last = CHANNELS_LAST.get(z.dim(), torch.contiguous_format)
+    kind = last if z.is_contiguous(memory_format=last) else torch.contiguous_format
+    z.register_hook(partial(Tensor.contiguous, memory_format=kind))  # type: ignore[no-untyped-call]
+    return z
 
 
 def _may_fold(norm: BatchNorm, y: Tensor) -> bool:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nlsurgery.blocks import residual
+from nlsurgery.blocks import NonLocal, residual
 from nlsurgery.blocks.geometry import CONVS
 from nlsurgery.blocks.residual import project_together
 
@@ -85,3 +85,14 @@ def test_projections_that_are_not_plain_are_called(change: str) -> None:
     x = torch.randn(1, 8, 5, 5)
     for ours, projection in zip(project_together(x, *projections), projections, strict=True):
         torch.testing.assert_close(ours, projection(x))
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_the_norm_gets_a_gradient_that_lies_as_its_input_does(last: bool) -> None:
+    block = NonLocal(8, zero_init=False)
+    order = torch.channels_last if last else torch.contiguous_format
+    x = torch.randn(2, 8, 6, 5).to(memory_format=order)
+    seen: list[Tensor] = []
+    block.bn.register_full_backward_hook(lambda _module, _inputs, outputs: seen.extend(outputs))
+    block(x).sum().backward()
+    assert seen[0].stride() == x.stride()
