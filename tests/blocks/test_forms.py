@@ -253,6 +253,22 @@ def test_the_choice_on_cpu_in_float32(mode, num_keys, head_size, value_size, exp
     assert choose_implementation(mode, **sizes) == expected
 
 
+@pytest.mark.parametrize(
+    ("num_keys", "batch", "head_size", "expected"),
+    [
+        (784, 1, 256, "chunked"),
+        (196, 1, 512, "explicit"),
+        (196, 8, 512, "chunked"),
+        (49, 8, 512, "explicit"),
+        (196, 1, 256, "fused"),
+    ],
+)
+def test_the_choice_on_cpu_in_bfloat16(num_keys, batch, head_size, expected):
+    sizes = {"num_queries": num_keys, "num_keys": num_keys, "batch": batch}
+    sizes |= {"head_size": head_size, "value_size": head_size, "dtype": torch.bfloat16}
+    assert choose_implementation("embedded_gaussian", **sizes) == expected
+
+
 def test_the_choice_is_visible_on_the_block():
     block = NonLocal(16, mode="dot_product")
     assert block.chosen_implementation((1, 16, 2, 2)) == "explicit"
