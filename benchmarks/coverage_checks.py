@@ -137,8 +137,10 @@ def check_weights(entry: Entry, row: dict[str, Any], tools: bool) -> Iterator[tu
     for name, tool in TOOLS.items():
         answer = _answer(lambda tool=tool: _with_tool(model, row, tool))
         yield name, _unless_original_fails(answer, entry, row, tool)
-    timm = entry.library == "timm"
-    yield "features_only", _answer(lambda: _features_only(entry, row)) if timm else "n/a"
+    if entry.library == "timm":
+        yield "features_only", _answer(lambda: _features_only(entry, row))
+    else:
+        yield "features_only", _extracted_or_not(entry, row)
 
 
 def _unless_original_fails(answer: str, entry: Entry, row: dict[str, Any], tool: Tool) -> str:
@@ -262,3 +264,33 @@ def _features_only(entry: Entry, row: dict[str, Any]) -> None:
         model, chosen_recipe(nlsurgery.inspect(model, input_size=size))[1], input_size=size
     )
     _same(before, model, (x,))
+
+
+def _extracted_or_not(entry: Entry, row: dict[str, Any]) -> str:
+    """torchvision's form of it: the stages by ``create_feature_extractor``, before and after the surgery."""
+    model = randomised(build(entry, meta=False))
+    before: dict[str, Tensor] = {}
+    plain = _answer(lambda: before.update(_extracted(model, row)))
+    if plain != "yes":
+        return f"n/a (original: {plain})"
+    nlsurgery.apply(model, chosen_recipe(nlsurgery.inspect(model))[1])
+    return _answer(lambda: _same_features(before, _extracted(model, row)))
+
+
+def _extracted(model: nn.Module, row: dict[str, Any]) -> dict[str, Tensor]:
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    part, inputs = _inputs(model, row)
+    prefix = next(name for name, module in model.named_modules() if module is part)
+    names = [fqn.removeprefix(prefix + ".") for _, fqn, *_ in row["stages"]]
+    with torch.no_grad():
+        features: dict[str, Tensor] = create_feature_extractor(part, names).eval()(*inputs)
+    return features
+
+
+def _same_features(before: dict[str, Tensor], after: dict[str, Tensor]) -> None:
+    if list(before) != list(after):
+        raise AssertionError(f"features {list(before)} became {list(after)}")
+    for name, feature in before.items():
+        if not all(map(torch.equal, _tensors(feature), _tensors(after[name]))):
+            raise AssertionError(f"the feature of {name} differs")

@@ -64,7 +64,9 @@ def table(rows: Sequence[dict[str, Any]], totals: dict[str, int]) -> str:
         "- **identity**, **keys**, **backward**, **deepcopy**: `apply` on real weights, zero parameters "
         "made random first; output equal to the last bit, keys and values kept, a gradient at every "
         "block, copies that run blocks of their own.",
-        "- **compile** (`fullgraph=True`), **export**, **fx**, **features_only**: on the operated model.",
+        "- **compile** (`fullgraph=True`), **export**, **fx**: on the operated model.",
+        "- **features_only**: timm's own form of the model, operated on; of torchvision's, the stages by "
+        "`create_feature_extractor`, before and after the surgery.",
         "",
         "The letters of **recipes that fit** are explained below the table; *by depth*: a model of one "
         "stage, for recipes with `after: {depth: …}`.",

@@ -151,7 +151,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--size", default="cpu", choices=SIZES)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="sums depend on it")
     parser.add_argument("--rows", type=Path, help="JSON lines to append to and resume from")
     parser.add_argument("--table", type=Path, help="a Markdown file to write")
     parser.add_argument("--plot", type=Path, help="a PNG to write")
