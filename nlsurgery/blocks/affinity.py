@@ -6,7 +6,9 @@ y_i = 1/C(x) · Σ_j f(x_i, x_j) g(x_j)  (Wang et al., CVPR 2018, Eq. 1).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +35,19 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 def logit_scale(head_size: int, use_scale: bool) -> float:
     """The factor on the logits: 1/√head_size, or 1 without ``use_scale``."""
     return 1.0 / math.sqrt(head_size) if use_scale else 1.0
+
+
+def differentiable_gradients(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> tuple[Any, ...]:
+    """Gradients that can be differentiated again (a gradient penalty does so).
+
+    Args:
+        y: Computed by plain operations from ``inputs``.
+        inputs: Tensors; ``None`` is returned for those that need no gradient.
+        dy: The gradient of ``y``.
+    """
+    needed = [tensor for tensor in inputs if tensor.requires_grad]
+    found = iter(torch.autograd.grad(y, needed, dy, create_graph=True))
+    return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)
 
 
 @torch.fx.wrap

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlsurgery.blocks.affinity import accumulator, apply_map, without_autocast
+from nlsurgery.blocks.affinity import (
+    accumulator,
+    apply_map,
+    differentiable_gradients,
+    without_autocast,
+)
+from nlsurgery.blocks.geometry import is_recorded
 
 #: Bytes of running sums held at a time: they should stay in the last-level cache.
 BLOCK_BYTES = 2 << 20
@@ -37,7 +43,7 @@ def concatenation_attend(a: Tensor, b: Tensor, v: Tensor, form: str) -> Tensor:
     with without_autocast(v):
         dtype = accumulator(v.dtype)
         a, b = a.to(dtype), b.to(dtype)
-        if form == "explicit" or torch.onnx.is_in_onnx_export():
+        if form == "explicit" or is_recorded():
             return apply_map(scalar_sum_map(a.unsqueeze(2), b.unsqueeze(2)), v)
         if torch.compiler.is_compiling():
             return _sorted_sums(a, b, v)
@@ -149,9 +155,10 @@ class _Sorted(torch.autograd.Function):
         return _relu_sums(a, b, v, max(1, b.shape[1]))[0]
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         a, b, v = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable_gradients(_sorted_sums(a, b, v), (a, b, v), dy)
         divisor = max(1, b.shape[1])
         dv, db = _relu_sums(b, a, dy, divisor, plain=v)
         da = _relu_sums(a, b, v, divisor, plain=dy)[1]

@@ -16,7 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nlsurgery.blocks.affinity import accumulator, apply_map, softmax_map, without_autocast
+from nlsurgery.blocks.affinity import (
+    accumulator,
+    apply_map,
+    differentiable_gradients,
+    softmax_map,
+    without_autocast,
+)
+from nlsurgery.blocks.geometry import is_recorded
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
 #: Bytes of logits that one chunk may take: they should stay in the last-level cache.
@@ -45,7 +52,7 @@ def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> 
     Returns:
         (B, N, V) in the dtype of ``v``.
     """
-    if form == "explicit" or torch.onnx.is_in_onnx_export():
+    if form == "explicit" or is_recorded():
         return apply_map(softmax_map(q, k, scale), v)
     with without_autocast(q):
         if form == "fused" or torch.compiler.is_compiling():
@@ -274,9 +281,11 @@ class _Chunked(torch.autograd.Function):
         return y
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         q, k, v, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            y = apply_map(softmax_map(q, k, ctx.scale), v)
+            return *differentiable_gradients(y, (q, k, v), dy), None
         logits = _Logits(q, k, ctx.scale)
         dtype = logits.dtype
         values = v.to(dtype)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nlsurgery.blocks.geometry import CHANNELS_LAST
+from nlsurgery.blocks.geometry import CHANNELS_LAST, is_recorded
 from nlsurgery.blocks.norms import BatchNorm
 
 #: Below so many values, batch normalisation takes less time than folding it.
@@ -83,7 +83,7 @@ def project_together(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
 
 def _joins(x: Tensor, projections: Sequence[nn.Module]) -> bool:
     # A choice by size would fix the sizes of a traced graph: it is left out there.
-    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+    if torch.compiler.is_compiling() or is_recorded():
         return False
     apart = x.dtype == torch.float32 and x.shape[0] > 1 and x.is_contiguous()
     if apart or x.shape[0] * math.prod(x.shape[2:]) < MANY_POSITIONS:
@@ -129,7 +129,7 @@ def finite(z: Tensor, fresh: bool = False) -> Tensor:
     Returns:
         The same shape, dtype and memory format, all values finite.
     """
-    if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export():
+    if torch.compiler.is_compiling() or is_recorded():
         return torch.nan_to_num(z, nan=0.0, posinf=0.0, neginf=0.0)
     if not (z.requires_grad and torch.is_grad_enabled()):
         replace = torch.nan_to_num_ if fresh else torch.nan_to_num
@@ -192,7 +192,11 @@ def add_projected(x: Tensor, y: Tensor, out: nn.Module, norm: nn.Module | None) 
 def _with_dense_gradient(z: Tensor) -> Tensor:
     # torch's CPU normalisations take ten times as long in backward where the gradient lies in memory
     # other than their input does, or is expanded, as that of a sum is.
-    if torch.compiler.is_compiling() or not (z.requires_grad and z.device.type == "cpu"):
+    if (
+        not (z.requires_grad and z.device.type == "cpu")
+        or torch.compiler.is_compiling()
+        or is_recorded()
+    ):
         return z
     last = CHANNELS_LAST.get(z.dim(), torch.contiguous_format)
     kind = last if z.is_contiguous(memory_format=last) else torch.contiguous_format

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -301,3 +302,23 @@ def test_hooks_on_projections_run(mode, child):
     getattr(block, child).register_forward_hook(lambda *args: calls.append(args))
     block(feature_map(2))
     assert calls
+
+
+@pytest.mark.parametrize(("mode", "form"), [pair for pair in FAST if pair[1] != "fused"])
+def test_gradients_can_be_differentiated_again(mode, form):
+    torch.manual_seed(0)
+    block = randomised(NonLocal(4, 3, mode=mode, implementation=form, norm="none").double())
+    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(block, (x,))
+
+
+@pytest.mark.parametrize("mode", FORMS)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_jit_traces_every_mode(mode, training):
+    torch.manual_seed(0)
+    block = randomised(NonLocal(8, 4, mode=mode)).train(training)
+    x = torch.randn(2, 8, 20, 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing is deprecated, and says so
+        traced = torch.jit.trace(block, x, check_trace=False)
+    torch.testing.assert_close(traced(x), block(x), rtol=1e-4, atol=1e-5)
