@@ -24,8 +24,9 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 def is_recorded() -> bool:
     """Whether ``torch.jit.trace`` or ONNX export records operators: no autograd function of ours then."""
-    tracing: bool = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return tracing or torch.onnx.is_in_onnx_export()
+    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return True
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
 
 
 def pointwise(in_channels: int, out_channels: int, dims: int, *, bias: bool = True) -> nn.Module:

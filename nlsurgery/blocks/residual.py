@@ -86,7 +86,7 @@ def _joins(x: Tensor, projections: Sequence[nn.Module]) -> bool:
     if torch.compiler.is_compiling() or is_recorded():
         return False
     apart = x.dtype == torch.float32 and x.shape[0] > 1 and x.is_contiguous()
-    if apart or x.shape[0] * math.prod(x.shape[2:]) < MANY_POSITIONS:
+    if apart or x.numel() < MANY_POSITIONS * x.shape[1]:
         return False
     return (
         all(is_plain(projection) for projection in projections)
