@@ -7,7 +7,6 @@ overflows adds nothing there. Its gradient passes unchanged, so a loss scaler st
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast

@@ -30,7 +30,10 @@ TargetArgument = Annotated[
         help="A model's name, or the work dir of nlsurgery finetune, which needs no more options.",
     ),
 ]
-ImagesArgument = Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")]
+ImagesArgument = Annotated[
+    list[Path],
+    typer.Argument(metavar="IMAGE...", help="Image files; videos for a model that takes clips."),
+]
 RecipeOption = Annotated[
     str | None,
     typer.Option("--recipe", help="The recipe; not needed where the checkpoint carries it."),
@@ -45,9 +48,9 @@ PointOption = Annotated[
     list[str] | None,
     typer.Option(
         "--point",
-        metavar="X,Y",
+        metavar="X,Y[,T]",
         help="A query point, repeatable: in pixels of the image, or relative (0 to 1) to what the "
-        "model sees of it.",
+        "model sees of it; in a clip also when, from 0 to 1 [0.5].",
     ),
 ]
 GridOption = Annotated[
@@ -70,27 +73,34 @@ def attend(
     allow_import: AllowImportOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Draw where each inserted block attends, from chosen points of an image."""
+    """Draw where each inserted block attends, from chosen points of an image or a clip."""
     sizes = parse_input_size(input_size)
     if point and grid is not None:
         raise typer.BadParameter("give points or a grid, not both", param_hint="'--grid'")
     asked = [parse_point(text) for text in point or ()]
 
-    from nlsurgery.cli.models import is_work_dir, load_operated, read_work_dir, view_of
+    from nlsurgery.cli.models import (
+        check_readable,
+        is_work_dir,
+        load_operated,
+        read_work_dir,
+        views_of,
+    )
+    from nlsurgery.finetune.config import FinetuneConfig
     from nlsurgery.viz.capture import grid_points
-    from nlsurgery.viz.images import read_image
 
-    photos = [read_image(path) for path in images]
+    check_readable(images)
     if is_work_dir(target):
         if recipe or checkpoint or pretrained:
             raise typer.BadParameter(
                 f"{target} is a work dir, which has its own recipe and checkpoint",
                 param_hint="'MODEL_OR_WORKDIR'",
             )
-        target, checkpoint, run_sizes = read_work_dir(Path(target))
-        sizes = sizes or run_sizes
+        config, checkpoint = read_work_dir(Path(target))
+    else:
+        config = FinetuneConfig.make(model=target, recipe=recipe or "", data="")
     model = load_operated(
-        target,
+        config.model,
         recipe=recipe,
         checkpoint=checkpoint,
         pretrained=pretrained,
@@ -99,9 +109,10 @@ def attend(
     )
     if checkpoint is None and not pretrained:
         console.warn("the weights are random: give --checkpoint or --pretrained")
-    views = [view_of(model, photo, sizes) for photo in photos]
+    views = views_of(model, images, config, sizes)
     points = [
-        [view.relative(x, y) for x, y in asked] or list(grid_points(grid or 2)) for view in views
+        [(*view.relative(x, y), *time) for x, y, *time in asked] or list(grid_points(grid or 2))
+        for view in views
     ]
     _show(
         [
@@ -124,7 +135,7 @@ def _show(results: Sequence[dict[str, Any]], json: bool) -> None:
 
 
 def _draw(
-    model: nn.Module, view: View, points: Sequence[tuple[float, float]], image: Path, prefix: Path
+    model: nn.Module, view: View, points: Sequence[tuple[float, ...]], image: Path, prefix: Path
 ) -> dict[str, Any]:
     from nlsurgery.viz.capture import capture_attention
     from nlsurgery.viz.figure import draw_rows
@@ -148,18 +159,20 @@ def _prefixes(out: Path, images: Sequence[Path]) -> list[Path]:
     ]
 
 
-def parse_point(text: str) -> tuple[float, float]:
-    """Read ``x,y``.
+def parse_point(text: str) -> tuple[float, ...]:
+    """Read ``x,y`` or ``x,y,t``.
 
     Raises:
-        typer.BadParameter: Not two numbers of at least 0.
+        typer.BadParameter: Not two numbers of at least 0, and perhaps one from 0 to 1.
     """
     try:
-        x, y = (float(part) for part in text.split(","))
+        x, y, *time = (float(part) for part in text.split(","))
     except ValueError:
-        x = y = -1.0
-    if not (0 <= x < float("inf") and 0 <= y < float("inf")):
+        x, y, time = -1.0, -1.0, []
+    right = 0 <= x < float("inf") and 0 <= y < float("inf") and len(time) < 2
+    if not (right and all(0 <= t <= 1 for t in time)):
         raise typer.BadParameter(
-            f"must be x,y, two numbers from 0, but got {text!r}", param_hint="'--point'"
+            f"must be x,y, two numbers from 0, or x,y,t with t from 0 to 1, but got {text!r}",
+            param_hint="'--point'",
         )
-    return x, y
+    return x, y, *time

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor, nn
 
+    from nlsurgery.finetune.config import FinetuneConfig
     from nlsurgery.viz.images import View
 
 
@@ -135,15 +136,14 @@ def is_work_dir(target: str) -> bool:
     return False
 
 
-def read_work_dir(folder: Path) -> tuple[str, Path, tuple[int, ...] | None]:
+def read_work_dir(folder: Path) -> tuple[FinetuneConfig, Path]:
     """Find the model that a fine-tuning run left.
 
     Args:
         folder: Its work dir.
 
     Returns:
-        The model's name, the file of the operated model, and the input size (H, W) of the run,
-        None for the model's own.
+        The run's configuration, and the file of its operated model.
 
     Raises:
         DataError: The folder is no work dir.
@@ -156,8 +156,93 @@ def read_work_dir(folder: Path) -> tuple[str, Path, tuple[int, ...] | None]:
     file = folder / MODEL_FILE
     if not file.is_file():
         raise CheckpointError(f"{file} does not exist: the run in {folder} has saved no model yet")
-    size = None if config.image_size is None else (config.image_size, config.image_size)
-    return config.model, file, size
+    return config, file
+
+
+def check_readable(files: Sequence[Path]) -> None:
+    """Look into images and videos before a model is built.
+
+    Raises:
+        DataError: One cannot be read.
+    """
+    from nlsurgery.finetune.clips import count_frames
+    from nlsurgery.finetune.folders import VIDEO_SUFFIXES
+    from nlsurgery.viz.images import read_image
+
+    for path in files:
+        (count_frames if path.suffix.lower() in VIDEO_SUFFIXES else read_image)(path)
+
+
+def views_of(
+    model: nn.Module, files: Sequence[Path], config: FinetuneConfig, sizes: tuple[int, ...] | None
+) -> list[View]:
+    """The parts of images, or of videos, that a model sees, at its input size and in its normalisation.
+
+    Args:
+        model: An operated model.
+        files: Images, or videos for a model that takes clips.
+        config: ``model``, ``image_size``, ``clip_frames`` and ``frame_stride`` are read.
+        sizes: (H, W), (C, H, W) or (C, T, H, W) in place of the model's own input size.
+
+    Raises:
+        DataError: A file cannot be read, or is not what the model takes.
+    """
+    from nlsurgery.finetune.folders import VIDEO_SUFFIXES
+    from nlsurgery.viz.capture import takes_clips
+    from nlsurgery.viz.images import read_image
+
+    clips = takes_clips(model)
+    suffixes = ", ".join(sorted(VIDEO_SUFFIXES))
+    taken = f"video clips; give a video ({suffixes})" if clips else "images, no videos"
+    for path in files:
+        if clips != (path.suffix.lower() in VIDEO_SUFFIXES):
+            raise DataError(f"{path}: {config.model} takes {taken}")
+    if clips:
+        return [clip_view_of(model, path, config, sizes) for path in files]
+    if sizes is None and config.image_size is not None:
+        sizes = (config.image_size, config.image_size)
+    return [view_of(model, read_image(path), sizes) for path in files]
+
+
+def clip_view_of(
+    model: nn.Module, path: Path, config: FinetuneConfig, sizes: tuple[int, ...] | None
+) -> View:
+    """The clip in the middle of a video, as a video model of torchvision sees it.
+
+    Args:
+        model: The model.
+        path: A video file.
+        config: ``model``, ``image_size``, ``clip_frames`` and ``frame_stride`` are read.
+        sizes: (H, W), (C, H, W) or (C, T, H, W) in place of the model's own.
+
+    Raises:
+        DataError: The file cannot be decoded, or the model is no video model of torchvision.
+    """
+    from PIL import Image
+
+    from nlsurgery.finetune.clips import (
+        ClipTransform,
+        Video,
+        clip_indices,
+        clip_transforms,
+        count_frames,
+    )
+    from nlsurgery.viz.images import view_clip
+
+    transform = clip_transforms(config, model)[1]
+    assert isinstance(transform, ClipTransform)
+    *rest, height, width = sizes or transform.crop
+    length = rest[-1] if len(rest) == 2 else transform.length
+    video = Video(path, count_frames(path))
+    pixels = video.read(clip_indices(video.num_frames, length, transform.stride, 0.5))
+    frames = [Image.fromarray(frame.permute(1, 2, 0).contiguous().numpy()) for frame in pixels]
+    return view_clip(
+        frames,
+        (height, width),
+        mean=transform.mean,
+        std=transform.std,
+        crop=transform.crop[0] / transform.resize,
+    )
 
 
 def view_of(model: nn.Module, photo: Image.Image, sizes: tuple[int, ...] | None) -> View:

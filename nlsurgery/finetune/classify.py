@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 from mmengine.dataset import default_collate
-from PIL import Image
 from torch import Tensor, nn
 
 from nlsurgery.errors import DataError
-from nlsurgery.finetune.clips import check_video, clip_transforms, video_files
+from nlsurgery.finetune.clips import ClipTransform, check_video, clip_transforms, video_files
 from nlsurgery.finetune.config import DEMO, FinetuneConfig
 from nlsurgery.finetune.folders import are_videos, check_files, check_image, list_split
 from nlsurgery.finetune.images import (
@@ -28,7 +27,7 @@ from nlsurgery.finetune.job import Job
 from nlsurgery.finetune.metrics import Accuracy
 from nlsurgery.finetune.model import Classifier, logits_of
 from nlsurgery.finetune.network import build_network
-from nlsurgery.viz.images import seen_image
+from nlsurgery.viz.images import Picture, seen_image
 
 _TIMM_PREFIXES = ("torch", "hfds", "tfds", "wds", "hfids")
 
@@ -46,12 +45,15 @@ def classification_job(config: FinetuneConfig) -> Job:
     train_transform, val_transform = make_transforms(config, network)
     val_samples = Samples(val, val_transform, classes)
     size = tuple(val_samples[0][0].shape)
-    if not videos:
+    if isinstance(val_transform, ClipTransform):
+        mean, std = val_transform.mean, val_transform.std
+    else:
         data = data_config(config, network)
+        mean, std = data["mean"], data["std"]
 
-    def view(index: int) -> tuple[Tensor, Image.Image, str]:
+    def view(index: int) -> tuple[Tensor, Picture, str]:
         tensor, label = val_samples[index]
-        return tensor, seen_image(tensor[None], mean=data["mean"], std=data["std"]), classes[label]
+        return tensor, seen_image(tensor[None], mean=mean, std=std), classes[label]
 
     return Job(
         network=network,
@@ -65,7 +67,7 @@ def classification_job(config: FinetuneConfig) -> Job:
         score="accuracy",
         input_size=size,
         outputs=_outputs,
-        view=None if videos else view,
+        view=view,
     )
 
 

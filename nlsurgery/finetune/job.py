@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from mmengine.evaluator import BaseMetric
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nlsurgery.finetune.config import FinetuneConfig
 from nlsurgery.finetune.loading import Collate
 from nlsurgery.finetune.model import Trained
+from nlsurgery.viz.images import Picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Job:
     score: str
     input_size: tuple[int, ...]
     outputs: Callable[[nn.Module, Any], Sequence[Tensor]]
-    view: Callable[[int], tuple[Tensor, Image.Image, str]] | None
+    view: Callable[[int], tuple[Tensor, Picture, str]] | None
 
 
 def make_job(config: FinetuneConfig) -> Job:

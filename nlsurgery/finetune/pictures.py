@@ -22,7 +22,7 @@ def draw_attention(
     device: torch.device,
     say: Callable[[str], None],
 ) -> tuple[Path, ...]:
-    """Draw where each block attends in the first validation images of different classes.
+    """Draw where each block attends in the first validation images or clips of different classes.
 
     Args:
         model: The operated model.
@@ -40,7 +40,7 @@ def draw_attention(
     if num_images == 0:
         return ()
     if job.view is None:
-        say("no attention pictures: they are drawn for classifiers of images")
+        say("no attention pictures: they are drawn for classifiers")
         return ()
     target = folder / ATTENTION_FOLDER
     target.mkdir(exist_ok=True)

@@ -22,6 +22,7 @@ from nlsurgery.integrations.mm_surgery import BACKBONE
 from nlsurgery.registry import HOOKS
 from nlsurgery.viz.capture import AttentionRows, grid_points, read_rows
 from nlsurgery.viz.figure import block_figure
+from nlsurgery.viz.images import Picture
 
 Phase = Literal["train", "val"]
 
@@ -90,7 +91,8 @@ class AttentionHook(Hook):  # type: ignore[misc]
 
     ``attention_entropy/<block>``: the mean entropy of the attention of a grid of queries, over log M: 1
     is uniform, 0 a single key. Where weights are no distribution (``dot_product``, ``concatenation``),
-    their absolute values are taken as one. ``attention/<block>``: a picture for image models.
+    their absolute values are taken as one. ``attention/<block>``: a picture, of clips with a line of
+    frames per query.
     The maps are those of the forward that runs anyway; nothing is run twice.
     """
 
@@ -172,7 +174,7 @@ class AttentionHook(Hook):  # type: ignore[misc]
         self, runner: Any, path: str, block: nn.Module, x: Tensor, image: Tensor, step: int
     ) -> None:
         rows = read_rows(path, block, _as_weights(block, x), self.points)
-        if isinstance(rows, AttentionRows):
+        if isinstance(rows, AttentionRows) and len(rows.query_size) == image.ndim - 1:
             figure = block_figure(rows, _to_picture(image), self.points)
             figure.canvas.draw()
             canvas: NDArray[np.uint8] = np.asarray(figure.canvas.buffer_rgba())  # type: ignore[attr-defined]
@@ -203,7 +205,7 @@ class _Watch:
 
     def _see_image(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         for value in (*args, *kwargs.values()):
-            if isinstance(value, Tensor) and value.ndim == 4 and value.shape[1] in (1, 3):
+            if isinstance(value, Tensor) and value.ndim in (4, 5) and value.shape[1] in (1, 3):
                 self.image = value[0].detach()
                 return
 
@@ -249,10 +251,12 @@ def _as_weights(block: nn.Module, x: Tensor) -> Tensor:
     return x.to(next(block.parameters()).dtype)
 
 
-def _to_picture(image: Tensor) -> Image.Image:
-    """A normalised image (C, H, W) as a picture, its values spread over the whole range."""
+def _to_picture(image: Tensor) -> Picture:
+    """A normalised image (C, H, W), or clip (C, T, H, W), its values spread over the whole range."""
     values = image.float().cpu()
     low, high = values.amin(), values.amax()
     scaled = ((values - low) / (high - low).clamp_min(1e-6) * 255).round().to(torch.uint8)
-    rgb = scaled.expand(3, -1, -1).permute(1, 2, 0).numpy()
-    return Image.fromarray(rgb)
+    frames = scaled.unsqueeze(1) if image.ndim == 3 else scaled
+    rgb = frames.expand(3, -1, -1, -1).permute(1, 2, 3, 0).numpy()
+    pictures = tuple(Image.fromarray(frame) for frame in rgb)
+    return pictures[0] if image.ndim == 3 else pictures

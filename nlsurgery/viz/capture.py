@@ -25,19 +25,19 @@ class AttentionRows:
     Attributes:
         fqn: The block's name in the model.
         type: Its class.
-        query_size: (H, W) of the feature map; its positions are the queries.
-        key_size: (H', W') of the keys, coarser after sub-sampling.
+        query_size: (H, W) of the feature map, (T, H, W) of a clip's; its positions are the queries.
+        key_size: (H', W') or (T', H', W') of the keys, coarser after sub-sampling.
         key_stride: Query positions per key, along each axis.
-        queries: (row, column) of each query on the feature map.
-        weights: (Q, H', W'), float32 on the CPU: each query's weight at each key.
+        queries: (row, column), or (time, row, column), of each query on the feature map.
+        weights: (Q, *key_size), float32 on the CPU: each query's weight at each key.
     """
 
     fqn: str
     type: str
-    query_size: tuple[int, int]
-    key_size: tuple[int, int]
-    key_stride: tuple[int, int]
-    queries: tuple[tuple[int, int], ...]
+    query_size: tuple[int, ...]
+    key_size: tuple[int, ...]
+    key_stride: tuple[int, ...]
+    queries: tuple[tuple[int, ...], ...]
     weights: Tensor
 
 
@@ -58,7 +58,7 @@ class Capture:
 
 
 def capture_attention(
-    model: nn.Module, image: Tensor, points: Sequence[tuple[float, float]]
+    model: nn.Module, image: Tensor, points: Sequence[tuple[float, ...]]
 ) -> Capture:
     """Run a model once and record where each inserted block attends from some points.
 
@@ -66,22 +66,28 @@ def capture_attention(
 
     Args:
         model: An operated model. Its mode, parameters and buffers stay as they are.
-        image: (1, 3, H, W), normalised.
-        points: (x, y) of each query, relative to the image, in [0, 1].
+        image: (1, 3, H, W), or a clip (1, 3, T, H, W), normalised.
+        points: (x, y) of each query, relative to the image, in [0, 1]; of a clip (x, y, t), or (x, y)
+            for the middle of it.
 
     Raises:
-        DataError: ``image`` is no single image, the model takes video, or nothing is inserted.
+        DataError: ``image`` is no single image or clip, or not what the model takes, or nothing is
+            inserted.
     """
     import nlsurgery
 
-    if image.ndim != 4 or image.shape[0] != 1:
+    if image.ndim not in (4, 5) or image.shape[0] != 1:
         raise DataError(
-            f"attention is drawn for one image (1, 3, H, W), but got {tuple(image.shape)}"
+            f"attention is drawn for one image (1, 3, H, W) or one clip (1, 3, T, H, W), but got "
+            f"{tuple(image.shape)}"
         )
     blocks = nlsurgery.inserted_blocks(model)
     if not blocks:
         raise DataError("the model has no inserted block to look at; apply a recipe first")
-    _refuse_video(model)
+    if takes_clips(model) != (image.ndim == 5):
+        kinds = ("clips (1, 3, T, H, W)", "images (1, 3, H, W)")
+        taken, given = kinds if takes_clips(model) else reversed(kinds)
+        raise DataError(f"the model takes {taken}, but got one of the {given}")
     found: dict[str, AttentionRows | Skipped] = {}
 
     def hook_for(fqn: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
@@ -119,29 +125,28 @@ def grid_points(side: int) -> tuple[tuple[float, float], ...]:
 
 
 def read_rows(
-    fqn: str, block: nn.Module, x: Tensor, points: Sequence[tuple[float, float]]
+    fqn: str, block: nn.Module, x: Tensor, points: Sequence[tuple[float, ...]]
 ) -> AttentionRows | Skipped:
     """Compute where a block attends from some points of its input.
 
     Args:
         fqn: How the result names the block.
         block: A block, with or without an attention map.
-        x: (B, C, H, W), what it was called with; the first of the batch is read.
-        points: (x, y) of each query, relative, in [0, 1].
+        x: (B, C, H, W) or (B, C, T, H, W), what it was called with; the first of the batch is read.
+        points: (x, y) or (x, y, t) of each query, relative, in [0, 1].
 
     Returns:
         The rows, or why there are none.
     """
     if not callable(getattr(block, "attention", None)):
         return Skipped(fqn, f"{type(block).__name__} has no attention map")
-    if x.ndim != 4:
+    if x.ndim not in (4, 5):
         return Skipped(fqn, f"its {math.prod(x.shape[2:])} positions do not lie on an image grid")
-    size = height, width = x.shape[2], x.shape[3]
-    queries = tuple(
-        (min(int(down * height), height - 1), min(int(across * width), width - 1))
-        for across, down in points
-    )
-    index = torch.tensor([row * width + column for row, column in queries], device=x.device)
+    size = tuple(x.shape[2:])
+    queries = tuple(_position(point, size) for point in points)
+    places = torch.tensor(queries, device=x.device)
+    index = sum(places[:, axis] * math.prod(size[axis + 1 :]) for axis in range(len(size)))
+    assert isinstance(index, Tensor)
     rows = _attention_rows(block, x, index)
     if rows is None:
         needed = math.prod(size) ** 2 * x.element_size() / 2**30
@@ -150,10 +155,18 @@ def read_rows(
         )
     stride = _key_stride(rows.shape[-1], size)
     if stride is None:
-        return Skipped(fqn, f"its {rows.shape[-1]} keys do not lie on the {height}×{width} grid")
-    keys = (height // stride[0], width // stride[1])
+        grid = "×".join(map(str, size))
+        return Skipped(fqn, f"its {rows.shape[-1]} keys do not lie on the {grid} grid")
+    keys = tuple(axis // step for axis, step in zip(size, stride, strict=True))
     weights = rows.detach().float().cpu().reshape(len(queries), *keys)
     return AttentionRows(fqn, type(block).__name__, size, keys, stride, queries, weights)
+
+
+def _position(point: tuple[float, ...], size: tuple[int, ...]) -> tuple[int, ...]:
+    """The position of the feature map, (row, column) or (time, row, column), that a point lies in."""
+    across, down, *time = point
+    shares = (*(time or (0.5,)), down, across)[-len(size) :]
+    return tuple(min(int(share * axis), axis - 1) for share, axis in zip(shares, size, strict=True))
 
 
 def _attention_rows(block: Any, x: Tensor, index: Tensor) -> Tensor | None:
@@ -168,27 +181,24 @@ def _attention_rows(block: Any, x: Tensor, index: Tensor) -> Tensor | None:
     return whole[index]
 
 
-def _key_stride(num_keys: int, size: tuple[int, int]) -> tuple[int, int] | None:
+def _key_stride(num_keys: int, size: tuple[int, ...]) -> tuple[int, ...] | None:
     """How many positions one key stands for along each axis: 1, or the sub-sampling's factor.
 
-    An axis of size 1 is never sub-sampled.
+    Time and axes of size 1 are never sub-sampled.
     """
-    height, width = size
-    for factor in range(1, max(size) + 1):
-        down, across = (factor if axis > 1 else 1 for axis in size)
-        if (height // down) * (width // across) == num_keys:
-            return down, across
+    *time, height, width = size
+    for factor in range(1, max(height, width) + 1):
+        down, across = (factor if axis > 1 else 1 for axis in (height, width))
+        if math.prod(time) * (height // down) * (width // across) == num_keys:
+            return *[1] * len(time), down, across
     return None
 
 
-def _refuse_video(model: nn.Module) -> None:
+def takes_clips(model: nn.Module) -> bool:
+    """Whether a block of an operated model looks at clips: the model then takes (B, 3, T, H, W)."""
     import nlsurgery
 
-    for row in nlsurgery.report(model).insertions:
-        if len(row.feature_size) == 3:
-            raise DataError(
-                f"{row.fqn} looks at video clips; attention is drawn for image models only, so far"
-            )
+    return any(len(row.feature_size) == 3 for row in nlsurgery.report(model).insertions)
 
 
 @contextmanager

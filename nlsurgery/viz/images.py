@@ -17,18 +17,22 @@ from nlsurgery.errors import DataError
 DISPLAY_SIZE = 640
 
 
+#: A picture, or the frames of a clip.
+Picture = Image.Image | tuple[Image.Image, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class View:
-    """The part of a photo that a model sees.
+    """The part of a photo, or of a clip, that a model sees.
 
     Attributes:
-        tensor: (1, 3, H, W), float32, normalised.
-        display: The same part at a size to look at.
+        tensor: (1, 3, H, W), or (1, 3, T, H, W) of a clip, float32, normalised.
+        display: The same part at a size to look at; of a clip, each of its T frames.
         box: Its place in the photo, (left, top, right, bottom) in pixels.
     """
 
     tensor: Tensor
-    display: Image.Image
+    display: Picture
     box: tuple[float, float, float, float]
 
     def relative(self, x: float, y: float) -> tuple[float, float]:
@@ -91,6 +95,39 @@ def view_image(
         std: Standard deviation of each colour.
         crop: Share of the short side that is kept, in (0, 1] (timm's ``crop_pct``).
     """
+    return View(*_seen_part(image, size, mean, std, crop))
+
+
+def view_clip(
+    frames: Sequence[Image.Image],
+    size: tuple[int, int],
+    *,
+    mean: Sequence[float] = (0.485, 0.456, 0.406),
+    std: Sequence[float] = (0.229, 0.224, 0.225),
+    crop: float = 1.0,
+) -> View:
+    """Cut the middle out of every frame and scale it to the model's input size.
+
+    Args:
+        frames: The clip's, all of one size.
+        size: (H, W) of the model's input.
+        mean: Mean of each colour, in [0, 1].
+        std: Standard deviation of each colour.
+        crop: Share of the short side that is kept, in (0, 1].
+    """
+    seen = [_seen_part(frame, size, mean, std, crop) for frame in frames]
+    tensors, displays, boxes = zip(*seen, strict=True)
+    return View(torch.stack(tensors, dim=2), displays, boxes[0])
+
+
+def _seen_part(
+    image: Image.Image,
+    size: tuple[int, int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop: float,
+) -> tuple[Tensor, Image.Image, tuple[float, float, float, float]]:
+    """The tensor (1, 3, H, W), the picture and the box of :class:`View`."""
     height, width = size
     scale = crop * min(image.width / width, image.height / height)
     box_width, box_height = scale * width, scale * height
@@ -103,7 +140,7 @@ def view_image(
     zoom = DISPLAY_SIZE / max(height, width)
     shown = (max(1, round(width * zoom)), max(1, round(height * zoom)))
     display = image.resize(shown, Image.Resampling.BICUBIC, box=box)
-    return View(((pixels - centre) / spread).unsqueeze(0), display, box)
+    return ((pixels - centre) / spread).unsqueeze(0), display, box
 
 
 def seen_image(
@@ -111,15 +148,21 @@ def seen_image(
     *,
     mean: Sequence[float] = (0.485, 0.456, 0.406),
     std: Sequence[float] = (0.229, 0.224, 0.225),
-) -> Image.Image:
+) -> Picture:
     """Turn a model's input back into a picture: just what it saw, at its size.
 
     Args:
-        tensor: (1, 3, H, W), normalised.
+        tensor: (1, 3, H, W), or (1, 3, T, H, W) of a clip, normalised.
         mean: Mean of each colour that was subtracted, in [0, 1].
         std: Standard deviation of each colour that was divided by.
     """
-    pixels = tensor[0].detach().float().cpu()
-    pixels = pixels * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
-    colours = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
-    return Image.fromarray(colours.contiguous().numpy())
+
+    def picture(pixels: Tensor) -> Image.Image:
+        pixels = pixels.detach().float().cpu()
+        pixels = pixels * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+        colours = (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
+        return Image.fromarray(colours.contiguous().numpy())
+
+    if tensor.ndim == 5:
+        return tuple(picture(frame) for frame in tensor[0].unbind(1))
+    return picture(tensor[0])

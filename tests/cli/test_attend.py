@@ -142,7 +142,7 @@ def test_images_of_one_name_do_not_overwrite_each_other(
     assert names_in(out) == [f"0-cat-{block}.png", f"1-cat-{block}.png"]
 
 
-@pytest.mark.parametrize("point", ["1", "a,b", "-1,2", "1,2,3", "nan,1", "inf,1"])
+@pytest.mark.parametrize("point", ["1", "a,b", "-1,2", "1,2,3", "0,0,0,0", "nan,1", "inf,1"])
 def test_bad_point_is_a_usage_error(point: str, photo: Path, run: Run, capsys: Shown) -> None:
     assert run("attend", "resnet18", photo, "--recipe", "res4_1block", f"--point={point}") == 2
     assert "must be x,y" in capsys.readouterr().err
@@ -151,6 +151,35 @@ def test_bad_point_is_a_usage_error(point: str, photo: Path, run: Run, capsys: S
 def test_points_and_grid_exclude_each_other(photo: Path, run: Run, capsys: Shown) -> None:
     assert run("attend", "resnet18", photo, "--point", "0.5,0.5", "--grid", 2) == 2
     assert "not both" in capsys.readouterr().err
+
+
+def video(folder: Path) -> Path:
+    import av
+    import numpy as np
+
+    path = folder / "walk.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        for step in range(12):
+            pixels = np.full((64, 64, 3), 20 * step, dtype=np.uint8)
+            for packet in stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+    return path
+
+
+def test_clips_are_drawn_frame_by_frame(tmp_path: Path, run: Run, capsys: Shown) -> None:
+    out = tmp_path / "pictures"
+    words = ("attend", "torchvision/r3d_18", video(tmp_path), "--recipe", "res4_1block")
+    size = ("--input-size", "3x8x48x64", "--point", "0.5,0.5,0.9")
+    assert run(*words, *size, "--out", out, "--json") == 0
+    (result,) = json.loads(capsys.readouterr().out)
+    assert result["points"] == [[0.5, 0.5, 0.9]]
+    with Image.open(out / "walk-layer3.0.nlsurgery.0.png") as picture:
+        # Two keys in time: two frames side by side.
+        assert 2 < picture.width / picture.height < 3
 
 
 def text_image(folder: Path) -> tuple[object, ...]:
@@ -172,6 +201,15 @@ def far_point(folder: Path) -> tuple[object, ...]:
 
 def video_model(folder: Path) -> tuple[object, ...]:
     return "torchvision/r3d_18", folder / "cat.png", "--recipe", "res4_1block"
+
+
+def video_for_images(folder: Path) -> tuple[object, ...]:
+    return "resnet18", video(folder), "--recipe", "res4_1block"
+
+
+def broken_video(folder: Path) -> tuple[object, ...]:
+    (folder / "text.mp4").write_text("no video")
+    return "torchvision/r3d_18", folder / "text.mp4", "--recipe", "res4_1block"
 
 
 def no_work_dir(folder: Path) -> tuple[object, ...]:
@@ -202,7 +240,9 @@ def inserted_alone(folder: Path) -> tuple[object, ...]:
         (missing_image, "none.png: no such image file"),
         (no_recipe, "no inserted blocks to look at: give --recipe"),
         (far_point, "outside the part of the image"),
-        (video_model, "video clips"),
+        (video_model, "takes video clips; give a video"),
+        (video_for_images, "takes images, no videos"),
+        (broken_video, "text.mp4 is no readable video"),
         (no_work_dir, "config.yaml is no readable run configuration"),
         (unsaved_run, "has saved no model yet"),
         (inserted_alone, "holds the inserted blocks alone"),

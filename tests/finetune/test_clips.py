@@ -140,8 +140,9 @@ def test_video_model_trains_and_loads(videos: Path, tmp_path: Path) -> None:
         batch_size=2, freeze_backbone=True, pictures=2,
     )  # fmt: skip
     assert result.max_difference == 0
-    assert result.pictures == ()
-    assert any("no attention pictures" in line for line in said)
+    assert len(result.pictures) == 2, "one block, a clip of each class"
+    assert all(path.is_file() for path in result.pictures)
+    assert not any("no attention pictures" in line for line in said)
     model = create_model("r3d_18", num_classes=2)
     nlsurgery.load(model, result.model_file)
     assert any(block.gate.abs().max() > 0 for block in nlsurgery.inserted_blocks(model).values())

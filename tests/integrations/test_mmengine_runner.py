@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torchvision
 from mmengine.logging import HistoryBuffer
 from mmengine.model import convert_sync_batchnorm, revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
@@ -18,6 +20,7 @@ from torch import nn
 import nlsurgery
 from nlsurgery.errors import ModelError
 from nlsurgery.integrations.mm_checkpoints import allow_runner_checkpoints
+from nlsurgery.integrations.mm_hooks import AttentionHook
 from tests.integrations.mm_models import BLOCKS, assert_same, backbone
 from tests.integrations.mm_runs import KilledError, make_runner
 
@@ -65,6 +68,25 @@ def test_training_opens_the_gates_and_the_hooks_tell(tmp_path: Path) -> None:
     assert sorted(p.name for p in pictures) == [f"attention_backbone.{b}_8.png" for b in BLOCKS]
     assert any("accuracy" in line for line in told)
     assert not any(m._forward_pre_hooks for m in nlsurgery.inserted_blocks(runner.model).values())
+
+
+def test_attention_in_clips_is_drawn_too() -> None:
+    model = torchvision.models.video.r3d_18()
+    nlsurgery.apply(model, "res4_1block", input_size=(3, 8, 32, 32))
+    drawn: dict[str, tuple[int, ...]] = {}
+    visualizer = SimpleNamespace(
+        add_scalars=lambda scalars, step: None,
+        add_image=lambda name, image, step: drawn.update({name: image.shape}),
+    )
+    runner = SimpleNamespace(model=model, visualizer=visualizer, iter=0)
+    hook = AttentionHook(interval=1, side=2)
+    hook.before_train_iter(runner, 0)
+    model(torch.randn(2, 3, 8, 32, 32))
+    hook.after_train_iter(runner, 0)
+    ((name, (height, width, _)),) = drawn.items()
+    assert name == "attention_layer3.0.nlsurgery.0"
+    # A line of two frames for each of four queries.
+    assert 1.6 < height / width < 2.2
 
 
 def test_resume_after_a_kill_goes_on_as_if_never_stopped(tmp_path: Path) -> None:

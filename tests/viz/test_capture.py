@@ -147,17 +147,41 @@ def test_tokens_of_a_vit_lie_on_their_grid() -> None:
     torch.testing.assert_close(rows.weights.flatten(), block.attention(patches)[0, 5])
 
 
-def test_video_model_is_refused() -> None:
+@pytest.mark.parametrize("sub_sample", [False, True], ids=["whole", "pooled"])
+def test_rows_of_a_clip_are_those_of_the_block_s_map(sub_sample: bool) -> None:
+    import torchvision
+
+    model = torchvision.models.video.r3d_18()
+    block = {"type": "non_local", "norm": "none", "sub_sample": sub_sample}
+    insert = {"stage": "res3", "after": "last", "block": block}
+    nlsurgery.apply(model, {"version": 1, "inserts": [insert]}, input_size=(3, 6, 32, 48))
+    clip = torch.randn(1, 3, 6, 32, 48, generator=torch.Generator().manual_seed(1))
+    (rows,) = capture_attention(model, clip, [(0.99, 0.3, 0.9), (0.5, 0.5)]).rows
+    assert rows.query_size == (3, 8, 12)
+    assert rows.key_size == ((3, 4, 6) if sub_sample else (3, 8, 12))
+    assert rows.queries == ((2, 2, 11), (1, 4, 6))
+    whole = model.get_submodule(rows.fqn).attention(inputs_of(model, clip)[rows.fqn])[0]
+    for index, (time, row, column) in enumerate(rows.queries):
+        expected = whole[(time * 8 + row) * 12 + column]
+        torch.testing.assert_close(rows.weights[index].flatten(), expected)
+
+
+def test_image_for_a_video_model_is_refused() -> None:
     import torchvision
 
     model = torchvision.models.video.r3d_18()
     nlsurgery.apply(model, "res4_1block", input_size=(3, 4, 32, 32))
-    with pytest.raises(DataError, match="video clips"):
+    with pytest.raises(DataError, match=r"takes clips .* but got one of the images"):
         capture_attention(model, torch.zeros(1, 3, 32, 32), [(0.5, 0.5)])
 
 
-@pytest.mark.parametrize("shape", [(3, 32, 48), (2, 3, 32, 48), (1, 3, 4, 32, 48)])
-def test_anything_but_one_image_is_refused(shape: tuple[int, ...]) -> None:
+def test_clip_for_an_image_model_is_refused() -> None:
+    with pytest.raises(DataError, match=r"takes images .* but got one of the clips"):
+        capture_attention(toy(), torch.zeros(1, 3, 4, 32, 48), [(0.5, 0.5)])
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 48), (2, 3, 32, 48), (2, 3, 4, 32, 48)])
+def test_anything_but_one_image_or_clip_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(DataError, match="one image"):
         capture_attention(Backbone(), torch.zeros(shape), [(0.5, 0.5)])
 
@@ -175,10 +199,12 @@ def test_model_without_blocks_is_refused(image: Tensor) -> None:
         (9, (7, 7), (2, 2)),
         (6, (1, 12), (1, 2)),
         (95, (8, 12), None),
+        (120, (5, 8, 12), (1, 2, 2)),
+        (96, (1, 8, 12), (1, 1, 1)),
     ],
-    ids=["whole", "pooled", "odd", "one-line", "no-grid"],
+    ids=["whole", "pooled", "odd", "one-line", "no-grid", "clip-pooled", "clip-whole"],
 )
-def test_key_stride(keys: int, size: tuple[int, int], stride: tuple[int, int] | None) -> None:
+def test_key_stride(keys: int, size: tuple[int, ...], stride: tuple[int, ...] | None) -> None:
     assert capture._key_stride(keys, size) == stride
 
 

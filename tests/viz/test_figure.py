@@ -102,6 +102,42 @@ def test_one_file_per_block_in_a_folder_or_under_a_prefix(tmp_path: Path) -> Non
             assert picture.width > 500
 
 
+def clip_rows(weights: torch.Tensor, query: tuple[int, int, int]) -> AttentionRows:
+    size = tuple(weights.shape[1:])
+    queries = (query,) * len(weights)
+    return AttentionRows("a.nlsurgery.0", "NonLocal", size, size, (1, 1, 1), queries, weights)
+
+
+def test_a_query_in_a_clip_has_a_line_of_frames() -> None:
+    weights = torch.zeros(2, 4, 3, 3)
+    weights[:, 2, 1, 0] = 3.0
+    weights[:, 0, 0, 0] = 1.0
+    frames = tuple(Image.new("RGB", (300, 200), (90, 90, 90)) for _ in range(16))
+    points = [(0.9, 0.9, 0.9), (0.5, 0.5)]
+    figure = block_figure(clip_rows(weights, (3, 2, 2)), frames, points)
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles == ["frame 3: 25.0%", "frame 7: 0.0%", "frame 11: 75.0%", "frame 15: 0.0%"] * 2
+    marks = [ax for ax in figure.axes if ax.lines]
+    assert marks == [figure.axes[3], figure.axes[7]]
+    targets = {(patch.axesB, patch.xy2) for patch in figure.artists}  # type: ignore[attr-defined]
+    assert {axes for axes, _ in targets} == {figure.axes[i] for i in (0, 2, 4, 6)}
+    brightest = [
+        int(np.unravel_index(np.asarray(ax.images[0].get_array()).sum(2).argmax(), (320, 480))[0])
+        for ax in (figure.axes[2], figure.axes[0])
+    ]
+    assert brightest[0] // 107 == 1
+    assert brightest[1] // 107 == 0
+
+
+@pytest.mark.parametrize("num_times", [1, 8, 21])
+def test_no_more_frames_of_a_clip_are_shown_than_fit(num_times: int) -> None:
+    frames = tuple(Image.new("RGB", (60, 40)) for _ in range(32))
+    figure = block_figure(
+        clip_rows(torch.rand(1, num_times, 2, 2), (0, 0, 0)), frames, [(0.1, 0.1, 0.0)]
+    )
+    assert len(figure.axes) == min(num_times, 8)
+
+
 def test_drawing_leaves_pyplot_alone() -> None:
     import subprocess
     import sys
