@@ -54,6 +54,8 @@ MODES = ("embedded_gaussian", "dot_product", "concatenation")
 #: mmcv's concatenation forms (B, C, N, N): beyond this many bytes it is left out ("–").
 PAIR_LIMIT = 4 << 30
 SCALING = (24, 48, 96)
+#: Spatial sizes of a small input, by its number of dimensions.
+SMALL = {4: (12, 12), 5: (4, 6, 6)}
 PASSES = {"forward": "forward", "train": "training"}
 
 
@@ -181,8 +183,10 @@ def peak(
         before = torch.cuda.memory_allocated()
         step(block, x, train)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    small = torch.randn((1, shape[1], *[4] * (len(shape) - 2)), dtype=x.dtype, requires_grad=train)
-    step(block, small, train)  # what the libraries allocate once
+    # What the libraries allocate once: a small batch that takes the forms that large maps take.
+    small = torch.randn((4, shape[1], *SMALL[len(shape)]), dtype=x.dtype, requires_grad=train)
+    step(block, small, train)
+    block.zero_grad(set_to_none=True)
     before = resident("VmRSS")
     # Only a process's own high-water mark: getrusage's outlives exec and shows the parent's.
     Path("/proc/self/clear_refs").write_text("5")
