@@ -26,9 +26,11 @@ _FORMS = {
 #: and faster in backward.
 CHUNKED_KEYS = 8192
 #: Up to so many keys, and then up to so many channels, a bfloat16 map on a CPU is small; one of at
-#: least :data:`MANY_KEYS` keys is not where it comes in batches of :data:`MANY_MAPS`.
+#: least :data:`MANY_KEYS` keys is not where it comes in batches of :data:`MANY_MAPS`. A batch of at
+#: most so many keys in all is small too, for torch's fused attention.
 SMALL_MAP, SMALL_HEAD = 256, 256
 MANY_KEYS, MANY_MAPS = 128, 4
+FEW_KEYS = 512
 #: What a graph is made with: a choice by size would fix the sizes of a dynamic one.
 _TRACED = {
     "gaussian": "fused",
@@ -103,9 +105,11 @@ def _softmax_on_cpu(
 ) -> str:
     if dtype == torch.bfloat16:
         # The others form float32 logits by float32 products, which only small maps do not notice.
-        if num_keys > SMALL_MAP or (num_keys >= MANY_KEYS and batch >= MANY_MAPS):
+        fusable = head_size == value_size <= SMALL_HEAD
+        large = num_keys > SMALL_MAP or (num_keys >= MANY_KEYS and batch >= MANY_MAPS)
+        if large and not (fusable and batch * num_keys <= FEW_KEYS):
             return "chunked"
-        return "fused" if head_size == value_size <= SMALL_HEAD else "explicit"
+        return "fused" if fusable else "explicit"
     if fits(num_keys, value_size):
         return "explicit"
     # torch's fused attention falls back to an N×M tensor where the two sizes differ.

@@ -262,6 +262,9 @@ def test_the_choice_on_cpu_in_float32(mode, num_keys, head_size, value_size, exp
         (196, 8, 512, "chunked"),
         (49, 8, 512, "explicit"),
         (196, 1, 256, "fused"),
+        (400, 1, 256, "fused"),
+        (400, 2, 256, "chunked"),
+        (400, 1, 512, "chunked"),
     ],
 )
 def test_the_choice_on_cpu_in_bfloat16(num_keys, batch, head_size, expected):
