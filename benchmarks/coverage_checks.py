@@ -24,6 +24,9 @@ TOOL_COLUMNS = ("compile", "export", "fx", "features_only")
 
 Tool = Callable[[nn.Module, tuple[Tensor, ...]], object]
 
+#: Models of more parameters, and videos, get one input in place of two.
+LARGE = 80_000_000
+
 BLOCK = {"type": "non_local", "reduction": 2, "sub_sample": False, "norm": "bn"}
 
 
@@ -165,7 +168,7 @@ def _inputs(model: nn.Module, row: dict[str, Any]) -> tuple[nn.Module, tuple[Ten
 
     torch.manual_seed(0)
     part, args, _ = first_input(model, row["input_size"], None)
-    return part.run, tuple(t[:1] if t.dim() == 5 else t for t in args)
+    return part.run, tuple(t[:1] if t.dim() == 5 or row["params"] > LARGE else t for t in args)
 
 
 def _tensors(output: object) -> list[Tensor]:
@@ -257,7 +260,7 @@ def _features_only(entry: Entry, row: dict[str, Any]) -> None:
     model = randomised(build(entry, meta=False, features_only=True))
     size = row["input_size"]
     torch.manual_seed(0)
-    x = torch.randn(2, *size)
+    x = torch.randn(1 if row["params"] > LARGE else 2, *size)
     with torch.no_grad():
         before = _tensors(model(x))
     nlsurgery.apply(

@@ -73,8 +73,10 @@ def blocks_without_gradient(
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         _fill_zeros(part.model)
+        part.model.requires_grad_(False)
         for block in blocks.values():
             block.requires_grad_(True)
+        args = tuple(map(_with_history, args))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             output = part.run(*args, **kwargs)
@@ -83,6 +85,16 @@ def blocks_without_gradient(
         if isinstance(total, Tensor):
             total.backward()  # type: ignore[no-untyped-call]
     return [fqn for fqn, block in blocks.items() if not _has_gradient(block)]
+
+
+def _with_history(value: Any) -> Any:
+    """Let an input ask for a gradient, which reentrant checkpointing needs, without being a leaf.
+
+    With it, the weights need none: a third of the work and the model's size again in memory.
+    """
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.clone().requires_grad_(True).clone()
+    return value
 
 
 def _fill_zeros(model: nn.Module) -> None:
