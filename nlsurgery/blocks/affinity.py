@@ -18,13 +18,15 @@ MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 #: The two whose normaliser is Σ_j f, hence a softmax over j.
 SOFTMAX_MODES = ("gaussian", "embedded_gaussian")
 
+_NOTHING = nullcontext()
+
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context in which autocast does not lower the dtype of the pairwise maths."""
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return nullcontext()
+    return _NOTHING
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -64,8 +66,10 @@ def softmax_map(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """
     with without_autocast(q):
         dtype = accumulator(q.dtype)
-        queries = q.to(dtype) if scale == 1.0 else q.to(dtype) * scale
-        return torch.bmm(queries, k.to(dtype).transpose(1, 2)).softmax(dim=-1)
+        if q.dtype != dtype:
+            q, k = q.to(dtype), k.to(dtype)
+        queries = q if scale == 1.0 else q * scale
+        return torch.bmm(queries, k.transpose(1, 2)).softmax(dim=-1)
 
 
 @torch.fx.wrap
@@ -83,8 +87,9 @@ def apply_map(attention: Tensor, v: Tensor) -> Tensor:
     The result lies in memory as ``v`` does: tokens or channels first.
     """
     with without_autocast(v):
-        values = v.to(attention.dtype)
+        values = v if v.dtype == attention.dtype else v.to(attention.dtype)
         if values.stride(1) == 1:
-            y = torch.bmm(values.transpose(1, 2), attention.transpose(1, 2))
-            return y.transpose(1, 2).to(v.dtype)
-        return torch.bmm(attention, values).to(v.dtype)
+            y = torch.bmm(values.transpose(1, 2), attention.transpose(1, 2)).transpose(1, 2)
+        else:
+            y = torch.bmm(attention, values)
+        return y if y.dtype == v.dtype else y.to(v.dtype)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,8 @@ from nlsurgery.blocks.norms import BatchNorm
 
 #: Below so many values, batch normalisation takes less time than folding it.
 FOLDED_VALUES = 1 << 17
+#: Below so many values, a gradient's layout does not matter.
+DENSE_VALUES = 1 << 14
 #: Below so many positions, weights take longer to join than inputs to read.
 MANY_POSITIONS = 1024
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -104,19 +106,6 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y.reshape(*y.shape[:3], *x.shape[3:])
 
 
-class _Finite(torch.autograd.Function):
-    """``nan_to_num`` to 0, in place, that saves nothing for backward."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        ctx.mark_dirty(z)
-        return z.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
 @torch.fx.wrap
 def finite(z: Tensor, fresh: bool = False) -> Tensor:
     """Put 0 in place of NaN and ±inf; the gradient passes unchanged.
@@ -133,7 +122,10 @@ def finite(z: Tensor, fresh: bool = False) -> Tensor:
     if not (z.requires_grad and torch.is_grad_enabled()):
         replace = torch.nan_to_num_ if fresh else torch.nan_to_num
         return replace(z, nan=0.0, posinf=0.0, neginf=0.0)
-    return _Finite.apply(z if fresh else z.clone())  # type: ignore[no-any-return]
+    z = z if fresh else z.clone()
+    # Unseen by autograd: nothing is saved, and the gradient passes.
+    with torch.no_grad():
+        return z.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 @torch.fx.wrap
@@ -147,7 +139,7 @@ def add_branch(x: Tensor, z: Tensor) -> Tensor:
     Returns:
         A new tensor like ``x``; equal to ``x`` to the last bit where ``z`` is 0.
     """
-    return _like(torch.add(x, z.to(x.dtype)), x)
+    return _like(torch.add(x, z if z.dtype == x.dtype else z.to(x.dtype)), x)
 
 
 @torch.fx.wrap
@@ -193,6 +185,7 @@ def _with_dense_gradient(z: Tensor) -> Tensor:
     # other than their input does, or is expanded, as that of a sum is.
     if (
         not (z.requires_grad and z.device.type == "cpu")
+        or z.numel() < DENSE_VALUES
         or torch.compiler.is_compiling()
         or is_recorded()
     ):
@@ -229,5 +222,7 @@ def _folded(y: Tensor, out: nn.Module, norm: BatchNorm) -> Tensor:
 def _like(y: Tensor, x: Tensor) -> Tensor:
     # Strides along sizes of 1 are ambiguous: torch then follows the other summand, and what comes
     # next in the host might pick another kernel.
+    if y.stride() == x.stride():
+        return y
     like = torch.empty_like(x)
     return y if y.stride() == like.stride() else like.copy_(y)

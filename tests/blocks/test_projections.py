@@ -91,7 +91,7 @@ def test_projections_that_are_not_plain_are_called(change: str) -> None:
 def test_the_norm_gets_a_gradient_that_lies_as_its_input_does(last: bool) -> None:
     block = NonLocal(8, zero_init=False)
     order = torch.channels_last if last else torch.contiguous_format
-    x = torch.randn(2, 8, 6, 5).to(memory_format=order)
+    x = torch.randn(2, 8, 32, 33).to(memory_format=order)
     seen: list[Tensor] = []
     block.bn.register_full_backward_hook(lambda _module, _inputs, outputs: seen.extend(outputs))
     block(x).sum().backward()
