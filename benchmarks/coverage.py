@@ -32,7 +32,7 @@ from benchmarks.coverage_checks import (
     check_weights,
 )
 from benchmarks.coverage_models import Entry, all_models, build, select
-from benchmarks.coverage_table import failures, table
+from benchmarks.coverage_table import failures, table, versions
 from benchmarks.rows import Row, append_row, read_rows
 
 LEVELS = ("graph", "run", "tools")
@@ -71,6 +71,7 @@ def try_model(
         with time_limit(limit):
             if "plan" not in row:
                 row |= check_graph(entry)
+            row["with"] = versions()
             if most_params is not None and row["params"] > most_params:
                 row["level"] = "graph"
             elif level != "graph":
@@ -100,6 +101,7 @@ def _arguments() -> argparse.Namespace:
         "--seed", default="", help="draws the tenth: any text, such as a commit's hash"
     )
     parser.add_argument("--pattern", default="*", help="only models whose library/name matches")
+    parser.add_argument("--part", default="1/1", help="K/N: one of N equal parts, for N processes")
     parser.add_argument("--level", default=None, choices=LEVELS)
     parser.add_argument("--limit", type=int, default=240, help="seconds a model may take")
     parser.add_argument(
@@ -132,6 +134,8 @@ def main() -> int:
     if options.sample != "none":
         chosen = select(entries, options.sample, options.seed, options.pattern, params)
     chosen.sort(key=lambda e: (params.get(e.spec, 0), hashlib.sha256(e.spec.encode()).digest()))
+    part, parts = map(int, options.part.split("/"))
+    chosen = chosen[part - 1 :: parts]
     tried = []
     for entry in chosen:
         old = rows.get(entry.spec)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import nlsurgery
-from benchmarks.coverage_models import Entry, build
+from benchmarks.coverage_models import Entry, build, build_lean
 from nlsurgery.resolve import resolve
 from nlsurgery.stages import Anatomy
 
@@ -24,8 +24,10 @@ TOOL_COLUMNS = ("compile", "export", "fx", "features_only")
 
 Tool = Callable[[nn.Module, tuple[Tensor, ...]], object]
 
-#: Models of more parameters, and videos, get one input in place of two.
-LARGE = 80_000_000
+#: Models of more parameters share one tensor among all parameters of one kind, name and shape, and run
+#: on one input in place of two, of half their size where they can be built for it: neither their memory
+#: nor their time would fit. Videos get one input too.
+LARGE = 90_000_000
 
 BLOCK = {"type": "non_local", "reduction": 2, "sub_sample": False, "norm": "bn"}
 
@@ -113,44 +115,85 @@ def _compare_with_hints(model: nn.Module, anatomy: Anatomy) -> str:
     return "yes" if not missing else "differs: " + ", ".join(dict.fromkeys(missing))
 
 
-def check_weights(entry: Entry, row: dict[str, Any], tools: bool) -> Iterator[tuple[str, str]]:
+def check_weights(entry: Entry, row: dict[str, Any], tools: bool) -> Iterator[tuple[str, Any]]:
     """Operate on real weights: same bits out, same keys, gradients to each block, copies of their own.
 
     Yields:
-        A column and its answer, as soon as there is one.
+        A column and its answer, as soon as there is one; ``run_size`` and the input size if it is not
+        the model's own.
 
     Args:
         entry: The model.
         row: What :func:`check_graph` found.
         tools: Also compile, export and trace the operated model; n/a where the original passes no more.
     """
-    model = randomised(build(entry, meta=False))
+    model, row = _with_weights(entry, row)
+    if "run_size" in row:
+        yield "run_size", row["run_size"]
     part, inputs = _inputs(model, row)
     with torch.no_grad():
         before = _tensors(part(*inputs))
     state = _digests(model)
-    _, recipe = chosen_recipe(nlsurgery.inspect(model))
-    nlsurgery.apply(model, recipe)
+    _operate(model, row)
     yield "identity", _answer(lambda: _same(before, part, inputs))
     yield "keys", _answer(lambda: _keys_kept(state, model))
     yield "backward", _answer(lambda: nlsurgery.verify(model, gradient=True))
-    yield "deepcopy", _answer(lambda: _copy_is_its_own(model, row))
+    yield "deepcopy", _answer(lambda: _copy_is_its_own(model, row, before))
     if not tools:
         return
-    for name, tool in TOOLS.items():
-        answer = _answer(lambda tool=tool: _with_tool(model, row, tool))
-        yield name, _unless_original_fails(answer, entry, row, tool)
+    yield (
+        "compile",
+        _unless_original_fails(
+            _answer(lambda: _compiled(part, inputs, before)), entry, row, "compile"
+        ),
+    )
+    for name in TOOLS:
+        answer = _answer(lambda name=name: _with_tool(model, row, name))
+        yield name, _unless_original_fails(answer, entry, row, name)
     if entry.library == "timm":
         yield "features_only", _answer(lambda: _features_only(entry, row))
     else:
         yield "features_only", _extracted_or_not(entry, row)
 
 
-def _unless_original_fails(answer: str, entry: Entry, row: dict[str, Any], tool: Tool) -> str:
+def _operate(model: nn.Module, row: dict[str, Any]) -> None:
+    size = row.get("run_size")
+    recipe = chosen_recipe(nlsurgery.inspect(model, input_size=size))[1]
+    nlsurgery.apply(model, recipe, input_size=size)
+
+
+def _unless_original_fails(answer: str, entry: Entry, row: dict[str, Any], name: str) -> str:
     if answer == "yes":
         return answer
-    plain = _answer(lambda: _with_tool(randomised(build(entry, meta=False)), row, tool))
+    plain = _answer(lambda: _with_tool(_with_weights(entry, row)[0], row, name))
     return answer if plain == "yes" else f"n/a (original: {plain})"
+
+
+def _with_weights(
+    entry: Entry, row: dict[str, Any], **options: Any
+) -> tuple[nn.Module, dict[str, Any]]:
+    """A model with storage, and its row with the input size to run it at, if that is not its own."""
+    if row["params"] <= LARGE:
+        return randomised(build(entry, meta=False, **options)), row
+    for size in [row["run_size"]] if "run_size" in row else _smaller_sizes(row["input_size"]):
+        # What is built for one size is built for the smaller one; a convolutional network takes both.
+        for more in ({"img_size": tuple(size[-2:])}, {}):
+            try:
+                model = randomised(build_lean(entry, **options, **more))
+                nlsurgery.inspect(model, input_size=size)
+            except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError):
+                continue
+            return model, row | {"run_size": size}
+    return randomised(build_lean(entry, **options)), row | {"run_size": row["input_size"]}
+
+
+def _smaller_sizes(size: list[int]) -> Iterator[list[int]]:
+    """Half of an input size, in steps that patches of 14, 16 or 32 pixels divide."""
+    halves = {
+        tuple(max(step, side // 2 // step * step) for side in size[-2:]) for step in (14, 16, 32)
+    }
+    for half in sorted(halves, reverse=True):
+        yield [*size[:-2], *half]
 
 
 def randomised(model: nn.Module) -> nn.Module:
@@ -167,7 +210,7 @@ def _inputs(model: nn.Module, row: dict[str, Any]) -> tuple[nn.Module, tuple[Ten
     from nlsurgery.probe import first_input
 
     torch.manual_seed(0)
-    part, args, _ = first_input(model, row["input_size"], None)
+    part, args, _ = first_input(model, row.get("run_size", row["input_size"]), None)
     return part.run, tuple(t[:1] if t.dim() == 5 or row["params"] > LARGE else t for t in args)
 
 
@@ -200,10 +243,14 @@ def _same(before: list[Tensor], part: nn.Module, inputs: tuple[Tensor, ...]) -> 
 
 def _digests(model: nn.Module) -> dict[str, bytes]:
     """A digest of every tensor's bytes: a second copy of a large model would not fit beside it."""
-    return {
-        key: hashlib.blake2b(_bytes(value), digest_size=16).digest()
-        for key, value in model.state_dict().items()
-    }
+    known: dict[tuple[int, ...], bytes] = {}
+    digests = {}
+    for key, value in model.state_dict().items():
+        place = (value.data_ptr(), *value.shape)
+        if place not in known:
+            known[place] = hashlib.blake2b(_bytes(value), digest_size=16).digest()
+        digests[key] = known[place]
+    return digests
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -219,12 +266,11 @@ def _keys_kept(state: dict[str, bytes], model: nn.Module) -> None:
         raise AssertionError(f"{len(lost)} keys lost or changed, such as {lost[:1]}")
 
 
-def _copy_is_its_own(model: nn.Module, row: dict[str, Any]) -> None:
+def _copy_is_its_own(model: nn.Module, row: dict[str, Any], before: list[Tensor]) -> None:
     twin = copy.deepcopy(model)
     part, inputs = _inputs(model, row)
     twin_part, _ = _inputs(twin, row)
     with torch.no_grad():
-        before = _tensors(part(*inputs))
         for block in nlsurgery.inserted_blocks(twin).values():
             for parameter in block.parameters():
                 parameter.add_(0.1)
@@ -234,49 +280,49 @@ def _copy_is_its_own(model: nn.Module, row: dict[str, Any]) -> None:
         raise AssertionError("the copy does not run its own blocks")
 
 
-def _with_tool(model: nn.Module, row: dict[str, Any], tool: Tool) -> None:
+def _with_tool(model: nn.Module, row: dict[str, Any], name: str) -> None:
     part, inputs = _inputs(model, row)
+    if name == "compile":
+        with torch.no_grad():
+            _compiled(part, inputs, _tensors(part(*inputs)))
+    else:
+        TOOLS[name](part, inputs)
+
+
+def _compiled(part: nn.Module, inputs: tuple[Tensor, ...], expected: list[Tensor]) -> None:
     torch._dynamo.reset()
-    tool(part, inputs)
-
-
-def _compile(part: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     with torch.no_grad():
-        expected = _tensors(part(*inputs))
         compiled = torch.compile(part, backend="eager", fullgraph=True)
         for one, two in zip(expected, _tensors(compiled(*inputs)), strict=True):
             torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
-#: What is tried on the operated model, by column.
+#: What is tried on the operated model beside ``torch.compile``, by column.
 TOOLS: dict[str, Tool] = {
-    "compile": _compile,
     "export": lambda part, inputs: torch.export.export(part, inputs),
     "fx": lambda part, _: torch.fx.symbolic_trace(part),
 }
 
 
 def _features_only(entry: Entry, row: dict[str, Any]) -> None:
-    model = randomised(build(entry, meta=False, features_only=True))
-    size = row["input_size"]
+    model, row = _with_weights(entry, row, features_only=True)
+    size = row.get("run_size", row["input_size"])
     torch.manual_seed(0)
     x = torch.randn(1 if row["params"] > LARGE else 2, *size)
     with torch.no_grad():
         before = _tensors(model(x))
-    nlsurgery.apply(
-        model, chosen_recipe(nlsurgery.inspect(model, input_size=size))[1], input_size=size
-    )
+    _operate(model, row | {"run_size": size})
     _same(before, model, (x,))
 
 
 def _extracted_or_not(entry: Entry, row: dict[str, Any]) -> str:
     """torchvision's form of it: the stages by ``create_feature_extractor``, before and after the surgery."""
-    model = randomised(build(entry, meta=False))
+    model, row = _with_weights(entry, row)
     before: dict[str, Tensor] = {}
     plain = _answer(lambda: before.update(_extracted(model, row)))
     if plain != "yes":
         return f"n/a (original: {plain})"
-    nlsurgery.apply(model, chosen_recipe(nlsurgery.inspect(model))[1])
+    _operate(model, row)
     return _answer(lambda: _same_features(before, _extracted(model, row)))
 
 

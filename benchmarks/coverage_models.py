@@ -5,12 +5,15 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +69,59 @@ def build(entry: Entry, *, meta: bool = True, **options: Any) -> nn.Module:
             except (RuntimeError, NotImplementedError):
                 pass  # some initialisers need numbers: built with weights below
         return _create(entry, options).eval()
+
+
+def build_lean(entry: Entry, **options: Any) -> nn.Module:
+    """Build a model with real storage of little size, in eval mode.
+
+    All parameters of one kind of module, name and shape are one tensor, initialised once: what seven
+    billion parameters compute fits this machine, what they are stored in does not.
+    """
+    with warnings.catch_warnings(), _pooled_parameters():
+        warnings.simplefilter("ignore")
+        return _create(entry, options).eval()
+
+
+@contextmanager
+def _pooled_parameters() -> Iterator[None]:
+    pool: dict[tuple[object, ...], nn.Parameter] = {}
+    mode = _InitialisedOnce()
+
+    def share(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        key = (type(module), name, tuple(parameter.shape), parameter.dtype)
+        known = pool.setdefault(key, parameter)
+        if known is not parameter:
+            mode.initialised.add(id(known))
+        return known
+
+    handle = register_module_parameter_registration_hook(share)
+    try:
+        with mode:
+            yield
+    finally:
+        handle.remove()
+
+
+class _InitialisedOnce(TorchFunctionMode):
+    """Leaves out what initialisers do, in place, to a parameter that has its values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.initialised: set[int] = set()
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call ``func``, or return its first argument as it is."""
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        if in_place and args and id(args[0]) in self.initialised and name != "requires_grad_":
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _create(entry: Entry, options: dict[str, Any]) -> nn.Module:

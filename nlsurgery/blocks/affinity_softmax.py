@@ -28,12 +28,16 @@ from nlsurgery.blocks.geometry import is_recorded
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
 #: Bytes of logits that one chunk may take: they should stay in the last-level cache.
 CHUNK_BYTES = 16 << 20
+#: Bytes of a bfloat16 map that is kept for backward on a CPU though its projections are smaller.
+KEPT_BYTES = 4 << 20
 #: Beyond this size (times a share by the row's largest weight), rounding a logit to bfloat16
 #: shows in the result; and what a guess may leave of a row's largest logit.
 ROUNDED_LOGIT, LEFT_LOGIT = 3.0, 4.0
 #: The logarithms of a row's sum of exponentials between which no row leaves so much: its share is
 #: at most 0.781, where the largest weight is 0.61.
 LEFT_TOTAL = (-4.6, 5.6)
+#: Up to so many multiplications, a float32 product takes less time than what rounding asks for.
+FEW_PRODUCTS = 50_000_000
 #: How many rows of a map are looked at first, and how many rows and keys a map has at least for that.
 FEW_ROWS = 32
 MANY = 128
@@ -73,6 +77,19 @@ def fits(num_keys: int, value_size: int) -> bool:
     return num_keys <= min(1024, 4 * value_size)
 
 
+def _is_kept(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether backward finds the N×M tensor rather than form it again."""
+    if fits(k.shape[1], v.shape[2]):
+        return True
+    num_bytes = q.shape[0] * q.shape[1] * k.shape[1] * v.itemsize
+    return _is_low(q) and num_bytes <= KEPT_BYTES
+
+
+def _is_low(q: Tensor) -> bool:
+    """Whether no product of this dtype and device gives its result in float32."""
+    return q.dtype == torch.bfloat16 and q.device.type == "cpu"
+
+
 def chunks(
     batch: int, num_queries: int, num_keys: int, itemsize: int = 4
 ) -> Iterator[tuple[slice, slice]]:
@@ -101,6 +118,12 @@ class _Workspace:
         self.buffer = like.new_empty(0, dtype=dtype)
         self.name = name
 
+    def converted(self, values: Tensor) -> Tensor:
+        """``values`` in the dtype of this memory: themselves, or a copy in it."""
+        if values.dtype == self.buffer.dtype:
+            return values
+        return self.take(*values.shape).copy_(values)
+
     def take(self, *shape: int) -> Tensor:
         """An uninitialised tensor over it."""
         size = math.prod(shape)
@@ -125,17 +148,20 @@ class _Logits:
     """Forms softmax rows for one call: which products, in which precision.
 
     In bfloat16 on a CPU a float32 product takes more than twice as long, and no product of
-    bfloat16 gives float32. There the product runs in bfloat16, and where a row's largest logit
-    m is so large that rounding it matters, with -m in the accumulator: the logits that weigh are
-    then near 0, where bfloat16 is fine enough. A few rows give a guess of all m; rows that it
-    misses are done again.
+    bfloat16 gives float32. For all but small maps the product runs there in bfloat16, and where a
+    row's largest logit m is so large that rounding it matters, with -m in the accumulator: the
+    logits that weigh are then near 0, where bfloat16 is fine enough. A few rows give a guess of all
+    m; rows that it misses are done again.
     """
 
     def __init__(self, q: Tensor, k: Tensor, scale: float, *, keep: bool = False) -> None:
-        self.rounded = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+        low = _is_low(q)
+        self.rounded = low and q.numel() * k.shape[1] > FEW_PRODUCTS
         self.dtype = q.dtype if self.rounded else accumulator(q.dtype)
+        #: The dtype of all other products.
+        self.factor_dtype = q.dtype if low else self.dtype
         self.scale = scale
-        self.q, self.k = q, k.to(self.dtype)
+        self.q, self.k = (q, k) if self.rounded else (q.to(self.dtype), k.to(self.dtype))
         self.workspace = None if keep else _Workspace(q, self.dtype, "logits")
 
     def again(self, b: slice, i: slice, shift: Tensor | None) -> Tensor:
@@ -217,7 +243,7 @@ class _Logits:
         return p, shift
 
     def _factors(self, b: slice, i: slice) -> tuple[Tensor, Tensor]:
-        return self.q[b, i].to(self.dtype), self.k[b].transpose(1, 2)
+        return self.q[b, i], self.k[b].transpose(1, 2)
 
     def _product(self, queries: Tensor, keys: Tensor, shift: Tensor | None) -> Tensor:
         size = (queries.shape[0], queries.shape[1], keys.shape[2])
@@ -258,20 +284,21 @@ class _Logits:
 class _Chunked(torch.autograd.Function):
     """Attention over chunks of queries; backward forms each chunk's softmax again.
 
-    Where all the rows together are no larger than the projections, they are kept instead.
+    Where all the rows together are no larger than the projections, or small, they are kept instead.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        keep = any(ctx.needs_input_grad[:3]) and fits(k.shape[1], v.shape[2])
+        keep = any(ctx.needs_input_grad[:3]) and _is_kept(q, k, v)
         logits = _Logits(q, k, scale, keep=keep)
         y = empty_as(v, q.shape[1])
+        halves = _Workspace(q, v.dtype, "weights")
         guess = logits.guess()
         kept: list[Tensor] = []
         ctx.shifts = []
         for b, i in chunks(q.shape[0], q.shape[1], k.shape[1], logits.dtype.itemsize):
             p, shift = logits.rows(b, i, guess)
-            weights = p.to(v.dtype)
+            weights = p.to(v.dtype) if keep else halves.converted(p)
             ctx.shifts.append(shift)
             if keep:
                 kept.append(weights)
@@ -287,20 +314,22 @@ class _Chunked(torch.autograd.Function):
             y = apply_map(softmax_map(q, k, ctx.scale), v)
             return *differentiable_gradients(y, (q, k, v), dy), None
         logits = _Logits(q, k, ctx.scale)
-        dtype = logits.dtype
-        values = v.to(dtype)
+        dtype = logits.factor_dtype
+        keys, values = k.to(dtype), v.to(dtype)
         dq = empty_as(q, q.shape[1])
         dk, dv = (empty_as(t, t.shape[1], accumulator(dtype)).zero_() for t in (k, v))
         workspace = _Workspace(q, dtype, "gradients")
-        pieces = chunks(q.shape[0], q.shape[1], k.shape[1], dtype.itemsize)
+        halves = _Workspace(q, dtype, "weights")
+        pieces = chunks(q.shape[0], q.shape[1], k.shape[1], logits.dtype.itemsize)
         for index, (b, i) in enumerate(pieces):
             queries, grad = q[b, i].to(dtype), dy[b, i].to(dtype)
-            p = kept[index].to(dtype) if kept else logits.again(b, i, ctx.shifts[index])
+            p = kept[index] if kept else logits.again(b, i, ctx.shifts[index])
+            p = halves.converted(p)
             _add_product(dv[b], p, grad, 1.0)
             dp = workspace.take(*p.shape)
             torch.bmm(grad, values[b].transpose(1, 2), out=dp)
             ds = _softmax_backward(dp, p, -1, dtype, grad_input=dp)
-            dq[b, i] = apply_map(ds, logits.k[b]).mul_(ctx.scale)
+            dq[b, i] = apply_map(ds, keys[b]).mul_(ctx.scale)
             _add_product(dk[b], ds, queries, ctx.scale)
         return dq, dk.to(k.dtype), dv.to(v.dtype), None
 

@@ -48,7 +48,6 @@ def laid_out(
             num_keys=num_keys(x.shape[2:], keys),
             head_size=sizes[0],
             value_size=sizes[1],
-            batch=x.shape[0],
             dtype=x.dtype,
             device_type=x.device.type,
         )
@@ -81,7 +80,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, implementat
             num_keys=keys.shape[1],
             head_size=queries.shape[2],
             value_size=values.shape[2],
-            batch=values.shape[0],
             dtype=v.dtype,
             device_type=v.device.type,
         )

@@ -25,12 +25,8 @@ _FORMS = {
 #: Up to so many keys, chunks of many rows are as fast as torch's fused attention on a CPU in float32,
 #: and faster in backward.
 CHUNKED_KEYS = 8192
-#: Up to so many keys, and then up to so many channels, a bfloat16 map on a CPU is small; one of at
-#: least :data:`MANY_KEYS` keys is not where it comes in batches of :data:`MANY_MAPS`. A batch of at
-#: most so many keys in all is small too, for torch's fused attention.
-SMALL_MAP, SMALL_HEAD = 256, 256
-MANY_KEYS, MANY_MAPS = 128, 4
-FEW_KEYS = 512
+#: Up to so many keys, a bfloat16 map on a CPU is formed by plain operations.
+SMALL_MAP = 128
 #: What a graph is made with: a choice by size would fix the sizes of a dynamic one.
 _TRACED = {
     "gaussian": "fused",
@@ -62,7 +58,6 @@ def choose_implementation(
     num_keys: int,
     head_size: int,
     value_size: int,
-    batch: int = 1,
     dtype: torch.dtype = torch.float32,
     device_type: str = "cpu",
 ) -> str:
@@ -74,7 +69,6 @@ def choose_implementation(
         num_keys: M.
         head_size: Channels of queries and keys.
         value_size: Channels of values.
-        batch: B.
         dtype: Of the projections.
         device_type: ``cpu``, ``cuda``, …
 
@@ -93,23 +87,17 @@ def choose_implementation(
         pays = num_queries * num_keys > crossover * (num_queries + num_keys)
         return "sorted" if pays else "explicit"
     if device_type == "cpu":
-        return _softmax_on_cpu(num_keys, head_size, value_size, batch, dtype)
+        return _softmax_on_cpu(num_keys, head_size, value_size, dtype)
     if torch.are_deterministic_algorithms_enabled():
         # The backward of memory-efficient attention adds atomically.
         return "explicit" if num_keys <= value_size else "chunked"
     return "fused"
 
 
-def _softmax_on_cpu(
-    num_keys: int, head_size: int, value_size: int, batch: int, dtype: torch.dtype
-) -> str:
+def _softmax_on_cpu(num_keys: int, head_size: int, value_size: int, dtype: torch.dtype) -> str:
     if dtype == torch.bfloat16:
         # The others form float32 logits by float32 products, which only small maps do not notice.
-        fusable = head_size == value_size <= SMALL_HEAD
-        large = num_keys > SMALL_MAP or (num_keys >= MANY_KEYS and batch >= MANY_MAPS)
-        if large and not (fusable and batch * num_keys <= FEW_KEYS):
-            return "chunked"
-        return "fused" if fusable else "explicit"
+        return "explicit" if num_keys <= SMALL_MAP else "chunked"
     if fits(num_keys, value_size):
         return "explicit"
     # torch's fused attention falls back to an N×M tensor where the two sizes differ.

@@ -254,23 +254,32 @@ def test_the_choice_on_cpu_in_float32(mode, num_keys, head_size, value_size, exp
     assert choose_implementation(mode, **sizes) == expected
 
 
+@pytest.mark.parametrize("head_size", [64, 512])
 @pytest.mark.parametrize(
-    ("num_keys", "batch", "head_size", "expected"),
-    [
-        (784, 1, 256, "chunked"),
-        (196, 1, 512, "explicit"),
-        (196, 8, 512, "chunked"),
-        (49, 8, 512, "explicit"),
-        (196, 1, 256, "fused"),
-        (400, 1, 256, "fused"),
-        (400, 2, 256, "chunked"),
-        (400, 1, 512, "chunked"),
-    ],
+    ("num_keys", "expected"), [(784, "chunked"), (196, "chunked"), (49, "explicit")]
 )
-def test_the_choice_on_cpu_in_bfloat16(num_keys, batch, head_size, expected):
-    sizes = {"num_queries": num_keys, "num_keys": num_keys, "batch": batch}
+def test_the_choice_on_cpu_in_bfloat16(num_keys, head_size, expected):
+    sizes = {"num_queries": num_keys, "num_keys": num_keys}
     sizes |= {"head_size": head_size, "value_size": head_size, "dtype": torch.bfloat16}
     assert choose_implementation("embedded_gaussian", **sizes) == expected
+
+
+@pytest.mark.parametrize(
+    ("dtype", "side", "kept"),
+    [(torch.bfloat16, 30, True), (torch.bfloat16, 50, False), (torch.float32, 50, False)],
+)
+def test_only_a_small_map_of_bfloat16_is_kept(dtype, side, kept):
+    block = NonLocal(16, 8, implementation="chunked").to(dtype)
+    x = torch.randn(1, 16, side, side, dtype=dtype, requires_grad=True)
+    saved: set[tuple[int, ...]] = set()
+
+    def note(tensor):
+        saved.add(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        block(x)
+    assert ((1, side**2, side**2) in saved) == kept
 
 
 def test_the_choice_is_visible_on_the_block():
