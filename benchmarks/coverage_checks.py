@@ -27,7 +27,7 @@ Tool = Callable[[nn.Module, tuple[Tensor, ...]], object]
 #: Models of more parameters share one tensor among all parameters of one kind, name and shape, and run
 #: on one input in place of two, of half their size where they can be built for it: neither their memory
 #: nor their time would fit. Videos get one input too.
-LARGE = 90_000_000
+LARGE = 40_000_000
 
 BLOCK = {"type": "non_local", "reduction": 2, "sub_sample": False, "norm": "bn"}
 

@@ -28,6 +28,8 @@ from nlsurgery.blocks.geometry import is_recorded
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
 #: Bytes of logits that one chunk may take: they should stay in the last-level cache.
 CHUNK_BYTES = 16 << 20
+#: What rows of fused attention begin on a multiple of, by device; on others 8, 16 bytes of half precision.
+ALIGNED = {"cpu": 1}
 #: Bytes of a bfloat16 map that is kept for backward on a CPU though its projections are smaller.
 KEPT_BYTES = 4 << 20
 #: Beyond this size (times a share by the row's largest weight), rounding a logit to bfloat16
@@ -60,16 +62,46 @@ def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> 
         return apply_map(softmax_map(q, k, scale), v)
     with without_autocast(q):
         if form == "fused" or torch.compiler.is_compiling():
-            query, key, value = (_fusable(tokens).unsqueeze(1) for tokens in (q, k, v))
-            return F.scaled_dot_product_attention(query, key, value, scale=scale).squeeze(1)
+            query, key, value = (tokens.unsqueeze(1) for tokens in (q, k, v))
+            return fused_attend(query, key, value, scale).squeeze(1)
         return _Chunked.apply(q, k, v, scale)  # type: ignore[no-any-return]
 
 
+def fused_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Σ_j softmax_j(scale · q_i · k_j) v_j by torch's fused attention, without autocast.
+
+    Args:
+        q: (B, heads, N, C') queries.
+        k: (B, heads, M, C') keys.
+        v: (B, heads, M, V) values.
+        scale: The factor on the logits.
+
+    Returns:
+        (B, heads, N, V).
+    """
+    query, key, value = _fusable(q), _fusable(k), _fusable(v)
+    y = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    return y if value.shape[3] == v.shape[3] else y[..., : v.shape[3]]
+
+
 def _fusable(tokens: Tensor) -> Tensor:
-    """Tokens whose channels are contiguous: on others torch silently forms the N×M tensor."""
-    if torch.compiler.is_compiling() or tokens.device.type != "cpu":
+    """(B, heads, N, C') as torch's fused attention takes it: of others it silently forms the N×M tensor.
+
+    Channels have to be contiguous, and off the CPU each row has to begin on a multiple of 16 bytes:
+    channels are padded with zeros to a multiple of :data:`ALIGNED`, which adds nothing to a logit and
+    channels of zeros to the result (torch, ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``).
+    """
+    multiple = ALIGNED.get(tokens.device.type, 8)
+    missing = -tokens.shape[3] % multiple
+    if missing:
+        return F.pad(tokens, (0, missing)).contiguous()
+    if torch.compiler.is_compiling():
         return tokens
-    return tokens if tokens.stride(2) == 1 else tokens.contiguous()
+    rows = zip(tokens.stride()[:3], tokens.shape[:3], strict=True)
+    places = (tokens.storage_offset(), *(step for step, size in rows if size > 1))
+    if tokens.stride(3) == 1 and not any(place % multiple for place in places):
+        return tokens
+    return tokens.clone(memory_format=torch.contiguous_format)
 
 
 def fits(num_keys: int, value_size: int) -> bool:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nlsurgery.blocks.affinity import logit_scale, softmax_map, without_autocast
+from nlsurgery.blocks.affinity_softmax import fused_attend
 from nlsurgery.blocks.base import ProjectedBlock
 from nlsurgery.blocks.geometry import (
     checked_input,
@@ -44,7 +44,7 @@ def multi_head(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Ten
     """
     with without_autocast(v):
         split = [split_heads(to_tokens(t).contiguous(), heads) for t in (q, k, v)]
-        y = F.scaled_dot_product_attention(split[0], split[1], split[2], scale=scale)
+        y = fused_attend(split[0], split[1], split[2], scale)
         return to_map(y.transpose(1, 2).flatten(2), q)
 
 
