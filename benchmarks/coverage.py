@@ -119,8 +119,10 @@ def main() -> int:
     """Run the sweep. Returns the exit code."""
     options = _arguments()
     started = time.monotonic()
+    gc.disable()  # collected after each model: compilers make millions of objects, and few cycles
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     entries = all_models()
+    gc.freeze()
     rows = rows_by_model(options.rows)
     drawn = options.sample == "tenth"
     level = options.level or ("run" if drawn else "graph")
@@ -155,6 +157,8 @@ def main() -> int:
             print(f"FAILED {entry.spec} - {problem}", flush=True)
         append_row(options.rows, row)
         gc.collect()
+    gc.unfreeze()
+    gc.enable()
     if options.table is not None:
         totals = {lib: sum(e.library == lib for e in entries) for lib in ("timm", "torchvision")}
         options.table.write_text(table(list(rows.values()), totals))

@@ -158,8 +158,8 @@ def check_weights(entry: Entry, row: dict[str, Any], tools: bool) -> Iterator[tu
 
 def _operate(model: nn.Module, row: dict[str, Any]) -> None:
     size = row.get("run_size")
-    recipe = chosen_recipe(nlsurgery.inspect(model, input_size=size))[1]
-    nlsurgery.apply(model, recipe, input_size=size)
+    anatomy = row.get("anatomy") or nlsurgery.inspect(model, input_size=size)
+    nlsurgery.apply(model, chosen_recipe(anatomy)[1], input_size=size)
 
 
 def _unless_original_fails(answer: str, entry: Entry, row: dict[str, Any], name: str) -> str:
@@ -172,7 +172,7 @@ def _unless_original_fails(answer: str, entry: Entry, row: dict[str, Any], name:
 def _with_weights(
     entry: Entry, row: dict[str, Any], **options: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """A model with storage, and its row with the input size to run it at, if that is not its own."""
+    """A model with storage, and its row; with input size and anatomy if the size is not its own."""
     if row["params"] <= LARGE:
         return randomised(build(entry, meta=False, **options)), row
     for size in [row["run_size"]] if "run_size" in row else _smaller_sizes(row["input_size"]):
@@ -180,10 +180,13 @@ def _with_weights(
         for more in ({"img_size": tuple(size[-2:])}, {}):
             try:
                 model = randomised(build_lean(entry, **options, **more))
-                nlsurgery.inspect(model, input_size=size)
-            except (TypeError, ValueError, AssertionError, RuntimeError, AttributeError):
+                anatomy = nlsurgery.inspect(model, input_size=size)
+                part, inputs = _inputs(model, row | {"run_size": size})
+                with torch.no_grad():
+                    part(*inputs)  # on the meta device no index is out of bounds
+            except Exception:
                 continue
-            return model, row | {"run_size": size}
+            return model, row | {"run_size": size, "anatomy": anatomy}
     return randomised(build_lean(entry, **options)), row | {"run_size": row["input_size"]}
 
 
@@ -311,7 +314,7 @@ def _features_only(entry: Entry, row: dict[str, Any]) -> None:
     x = torch.randn(1 if row["params"] > LARGE else 2, *size)
     with torch.no_grad():
         before = _tensors(model(x))
-    _operate(model, row | {"run_size": size})
+    _operate(model, {**row, "run_size": size})
     _same(before, model, (x,))
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import platform
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.coverage_checks import RUN_COLUMNS, TOOL_COLUMNS
+from benchmarks.coverage_checks import LARGE, RUN_COLUMNS, TOOL_COLUMNS
 
 #: Bounds between the sizes that the page counts by, in millions of parameters.
 SIZES = (20, 40, 60, 90, 300)
@@ -47,12 +48,11 @@ def table(rows: Sequence[dict[str, Any]], totals: dict[str, int]) -> str:
     lines = [
         "# Coverage",
         "",
-        "Made by `benchmarks/coverage.py`; do not edit. Ran with " + versions() + ".",
+        f"Made by `benchmarks/coverage.py`; do not edit. Ran with {_ran_with(rows)}.",
         "",
         *_summary(rows, totals),
         "",
-        "Models are run with their weights from the smallest up, some 15 s each on one core and more "
-        "with their size; what is empty below has not had its turn (an *n/a* is no failure):",
+        "By size (an *n/a* is no failure" + _not_run(rows) + "):",
         "",
         *_by_size(rows),
         "",
@@ -63,7 +63,9 @@ def table(rows: Sequence[dict[str, Any]], totals: dict[str, int]) -> str:
         "built on the meta device, rehearsal included: every block runs once, shapes stay.",
         "- **identity**, **keys**, **backward**, **deepcopy**: `apply` on real weights, zero parameters "
         "made random first; output equal to the last bit, keys and values kept, a gradient at every "
-        "block, copies that run blocks of their own.",
+        "block, copies that run blocks of their own. Two inputs of the model's own size; of "
+        f"more than {LARGE // 1_000_000} million parameters, one input of half the size where the model can "
+        "be built for it, and parameters of one kind of module, name and shape are one tensor.",
         "- **compile** (`fullgraph=True`), **export**, **fx**: on the operated model.",
         "- **features_only**: timm's own form of the model, operated on; of torchvision's, the stages by "
         "`create_feature_extractor`, before and after the surgery.",
@@ -71,7 +73,8 @@ def table(rows: Sequence[dict[str, Any]], totals: dict[str, int]) -> str:
         "The letters of **recipes that fit** are explained below the table; *by depth*: a model of one "
         "stage, for recipes with `after: {depth: …}`.",
         "",
-        "To run what is empty: `python benchmarks/coverage.py --level tools --table docs/coverage.md`.",
+        "To run what is empty, or a model anew after taking out its row: `python benchmarks/coverage.py "
+        "--level tools --rows benchmarks/results/coverage.jsonl --table docs/coverage.md`.",
         "",
         "| model | layout | stages (blocks) | recipes that fit | " + " | ".join(COLUMNS) + " |",
         "|---|---|---|---|" + "---|" * len(COLUMNS),
@@ -86,6 +89,21 @@ def table(rows: Sequence[dict[str, Any]], totals: dict[str, int]) -> str:
         if str(row.get("hints", "")).startswith("differs")
     ] or ["Nowhere."]
     return "\n".join(lines) + "\n"
+
+
+def _ran_with(rows: Sequence[dict[str, Any]]) -> str:
+    """The versions that the rows name, the most frequent first."""
+    counts = Counter(row["with"] for row in rows if "with" in row)
+    if len(counts) < 2:
+        return next(iter(counts), versions())
+    return "; ".join(f"{name} ({count} models)" for name, count in counts.most_common())
+
+
+def _not_run(rows: Sequence[dict[str, Any]]) -> str:
+    whole, _ = _whole_and_held(rows)
+    if whole == len(rows):
+        return ""
+    return "; models are run from the smallest up, and what is empty below has not had its turn"
 
 
 def _summary(rows: Sequence[dict[str, Any]], totals: dict[str, int]) -> list[str]:

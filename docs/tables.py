@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -40,6 +41,31 @@ def recipes_table() -> str:
     return "\n".join(rows)
 
 
+def coverage_table() -> str:
+    """One row a library, read off the summary of docs/coverage.md."""
+    page = (README.parent / "docs" / "coverage.md").read_text(encoding="utf-8")
+    columns = {"plan": "planned", "identity": "bit-exact", "every column": "every column"}
+    rows = [
+        f"| | models | {' | '.join(columns.values())} |",
+        "|---|---|" + "---|" * len(columns),
+    ]
+    for library in ("timm", "torchvision"):
+        version = re.search(rf"\b{library} ([0-9.]*[0-9])", page)
+        cells, total = [], "0"
+        for column in columns:
+            line = re.search(
+                rf"^\| (?:\*\*)?{library}, {column}(?:\*\*)? \| (\d+) \| (\d+) \| (\d+)",
+                page,
+                re.MULTILINE,
+            )
+            assert line, f"docs/coverage.md has no line {library}, {column}"
+            tried, total, held = line.groups()
+            cells.append(held if tried == total else f"{held} of {tried} tried")
+        name = f"{library} {version[1]}" if version else library
+        rows.append(f"| {name} | {total} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def _describe(entry: InsertEntry) -> str:
     after = entry.after
     if isinstance(after, Every):
@@ -54,7 +80,12 @@ def _describe(entry: InsertEntry) -> str:
 
 def render(text: str) -> str:
     """Replace what stands between the table markers of a README."""
-    for name, table in (("blocks", blocks_table()), ("recipes", recipes_table())):
+    tables = {
+        "blocks": blocks_table(),
+        "recipes": recipes_table(),
+        "coverage": coverage_table(),
+    }
+    for name, table in tables.items():
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         head, found, rest = text.partition(start)
         _, closed, tail = rest.partition(end)
