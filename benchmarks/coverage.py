@@ -25,12 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-from benchmarks.coverage_checks import (
-    RUN_COLUMNS,
-    TOOL_COLUMNS,
-    check_graph,
-    check_weights,
-)
+from benchmarks.coverage_checks import RUN_COLUMNS, TOOL_COLUMNS, check_weights
+from benchmarks.coverage_graph import check_graph
 from benchmarks.coverage_models import Entry, all_models, build, select
 from benchmarks.coverage_table import failures, table, versions
 from benchmarks.rows import Row, append_row, read_rows

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,106 +12,15 @@ import torch
 from torch import Tensor, nn
 
 import nlsurgery
-from benchmarks.coverage_models import Entry, build, build_lean
-from nlsurgery.resolve import resolve
-from nlsurgery.stages import Anatomy
+from benchmarks.coverage_models import Entry
+from benchmarks.coverage_weights import LARGE, model_inputs, operate, with_weights
+from nlsurgery.probe import flatten_output
 
-#: Columns that need the graph alone, and columns that need weights and real forwards.
-GRAPH_COLUMNS = ("plan", "recipes", "hints")
+#: Columns that need weights and real forwards, and of these those of tools.
 RUN_COLUMNS = ("identity", "keys", "backward", "deepcopy")
 TOOL_COLUMNS = ("compile", "export", "fx", "features_only")
 
 Tool = Callable[[nn.Module, tuple[Tensor, ...]], object]
-
-#: Models of more parameters share one tensor among all parameters of one kind, name and shape, and run
-#: on one input in place of two, of half their size where they can be built for it: neither their memory
-#: nor their time would fit. Videos get one input too.
-LARGE = 40_000_000
-
-BLOCK = {"type": "non_local", "reduction": 2, "sub_sample": False, "norm": "bn"}
-
-
-def chosen_recipe(anatomy: Anatomy) -> tuple[str, dict[str, Any]]:
-    """The five-block recipe where res3 and res4 are long enough, else its form by depth.
-
-    Returns:
-        ``"five"`` or ``"depth"``, and the recipe.
-    """
-    named = {alias: stage for stage in anatomy.stages for alias in stage.aliases}
-    deep = all(place in named for place in ("res3", "res4"))
-    if deep and len(named["res3"].blocks) > 3 and len(named["res4"].blocks) > 5:
-        return "five", _recipe(("res3", [1, 3]), ("res4", [1, 3, 5]))
-    counts = [len(stage.blocks) for stage in anatomy.stages]
-    names = [stage.name for stage in anatomy.stages]
-    if len(counts) > 2:
-        return "depth", _recipe((names[-3], {"depth": 0.5}), (names[-2], {"depth": 1.0}))
-    longest = max(range(len(counts)), key=counts.__getitem__)
-    fractions = (0.2, 0.35, 0.5, 0.65, 0.8)
-    numbers = sorted({max(0, int(counts[longest] * fraction) - 1) for fraction in fractions})
-    return "depth", _recipe((names[longest], numbers))
-
-
-def _recipe(*places: tuple[str, Any]) -> dict[str, Any]:
-    inserts = [{"stage": stage, "after": after, "block": BLOCK} for stage, after in places]
-    return {"version": 1, "inserts": inserts}
-
-
-def check_graph(entry: Entry) -> dict[str, Any]:
-    """inspect, plan with its rehearsal, which packaged recipes fit, and what the library says itself."""
-    row: dict[str, Any] = {}
-    clock = time.process_time()
-    model = build(entry)
-    row["build_s"] = round(time.process_time() - clock, 3)
-    row["params"] = sum(p.numel() for p in model.parameters())
-    clock = time.process_time()
-    anatomy = nlsurgery.inspect(model)
-    row["inspect_s"] = round(time.process_time() - clock, 3)
-    row["input_size"] = list(anatomy.input_size)
-    row["layout"] = "/".join(dict.fromkeys(stage.layout for stage in anatomy.stages))
-    row["stages"] = [
-        [s.name, s.fqn, s.num_chs, s.reduction, s.layout, len(s.blocks)] for s in anatomy.stages
-    ]
-    row["form"], recipe = chosen_recipe(anatomy)
-    clock = time.process_time()
-    plan = nlsurgery.plan(model, recipe)
-    row["plan_s"] = round(time.process_time() - clock, 3)
-    row["plan"] = "yes"
-    row["blocks"] = len(plan.insertions)
-    row["recipes"] = _fitting(anatomy)
-    row["hints"] = _compare_with_hints(model, anatomy)
-    return row
-
-
-def _fitting(anatomy: Anatomy) -> list[str]:
-    fits = []
-    for name in nlsurgery.list_recipes():
-        recipe = nlsurgery.load_recipe(name)
-        if recipe.output_stride is not None:
-            continue
-        try:
-            resolve(anatomy, recipe)
-        except nlsurgery.RecipeError:
-            continue
-        fits.append(name)
-    return fits
-
-
-def _compare_with_hints(model: nn.Module, anatomy: Anatomy) -> str:
-    """Compare stages with timm's feature_info by (channels, reduction); stems and heads aside."""
-    info = getattr(model, "feature_info", None)
-    entries = getattr(info, "info", info)
-    if not isinstance(entries, list | tuple) or not anatomy.stages:
-        return "none"
-    found = {(stage.num_chs, stage.reduction) for stage in anatomy.stages}
-    lowest = min(reduction for _, reduction in found)
-    missing = [
-        f"{e.get('module')} ({e.get('num_chs')} chs, /{e.get('reduction')})"
-        for e in entries
-        if isinstance(e, dict)
-        and e.get("reduction", 0) >= lowest
-        and (e.get("num_chs"), e.get("reduction")) not in found
-    ]
-    return "yes" if not missing else "differs: " + ", ".join(dict.fromkeys(missing))
 
 
 def check_weights(entry: Entry, row: dict[str, Any], tools: bool) -> Iterator[tuple[str, Any]]:
@@ -127,14 +35,14 @@ def check_weights(entry: Entry, row: dict[str, Any], tools: bool) -> Iterator[tu
         row: What :func:`check_graph` found.
         tools: Also compile, export and trace the operated model; n/a where the original passes no more.
     """
-    model, row = _with_weights(entry, row)
+    model, row = with_weights(entry, row)
     if "run_size" in row:
         yield "run_size", row["run_size"]
-    part, inputs = _inputs(model, row)
+    part, inputs = model_inputs(model, row)
     with torch.no_grad():
         before = _tensors(part(*inputs))
     state = _digests(model)
-    _operate(model, row)
+    operate(model, row)
     yield "identity", _answer(lambda: _same(before, part, inputs))
     yield "keys", _answer(lambda: _keys_kept(state, model))
     yield "backward", _answer(lambda: nlsurgery.verify(model, gradient=True))
@@ -156,70 +64,14 @@ def check_weights(entry: Entry, row: dict[str, Any], tools: bool) -> Iterator[tu
         yield "features_only", _extracted_or_not(entry, row)
 
 
-def _operate(model: nn.Module, row: dict[str, Any]) -> None:
-    size = row.get("run_size")
-    anatomy = row.get("anatomy") or nlsurgery.inspect(model, input_size=size)
-    nlsurgery.apply(model, chosen_recipe(anatomy)[1], input_size=size)
-
-
 def _unless_original_fails(answer: str, entry: Entry, row: dict[str, Any], name: str) -> str:
     if answer == "yes":
         return answer
-    plain = _answer(lambda: _with_tool(_with_weights(entry, row)[0], row, name))
+    plain = _answer(lambda: _with_tool(with_weights(entry, row)[0], row, name))
     return answer if plain == "yes" else f"n/a (original: {plain})"
 
 
-def _with_weights(
-    entry: Entry, row: dict[str, Any], **options: Any
-) -> tuple[nn.Module, dict[str, Any]]:
-    """A model with storage, and its row; with input size and anatomy if the size is not its own."""
-    if row["params"] <= LARGE:
-        return randomised(build(entry, meta=False, **options)), row
-    for size in [row["run_size"]] if "run_size" in row else _smaller_sizes(row["input_size"]):
-        # What is built for one size is built for the smaller one; a convolutional network takes both.
-        for more in ({"img_size": tuple(size[-2:])}, {}):
-            try:
-                model = randomised(build_lean(entry, **options, **more))
-                anatomy = nlsurgery.inspect(model, input_size=size)
-                part, inputs = _inputs(model, row | {"run_size": size})
-                with torch.no_grad():
-                    part(*inputs)  # on the meta device no index is out of bounds
-            except Exception:
-                continue
-            return model, row | {"run_size": size, "anatomy": anatomy}
-    return randomised(build_lean(entry, **options)), row | {"run_size": row["input_size"]}
-
-
-def _smaller_sizes(size: list[int]) -> Iterator[list[int]]:
-    """Half of an input size, in steps that patches of 14, 16 or 32 pixels divide."""
-    halves = {
-        tuple(max(step, side // 2 // step * step) for side in size[-2:]) for step in (14, 16, 32)
-    }
-    for half in sorted(halves, reverse=True):
-        yield [*size[:-2], *half]
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Replace zeros that would hide a block: a zero head makes every model equal to every other."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.is_floating_point() and not parameter.any():
-                parameter.normal_(0, 0.02, generator=generator)
-    return model
-
-
-def _inputs(model: nn.Module, row: dict[str, Any]) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    from nlsurgery.probe import first_input
-
-    torch.manual_seed(0)
-    part, args, _ = first_input(model, row.get("run_size", row["input_size"]), None)
-    return part.run, tuple(t[:1] if t.dim() == 5 or row["params"] > LARGE else t for t in args)
-
-
 def _tensors(output: object) -> list[Tensor]:
-    from nlsurgery.probe import flatten_output
-
     return [tensor for _, tensor in flatten_output(output)]
 
 
@@ -271,8 +123,8 @@ def _keys_kept(state: dict[str, bytes], model: nn.Module) -> None:
 
 def _copy_is_its_own(model: nn.Module, row: dict[str, Any], before: list[Tensor]) -> None:
     twin = copy.deepcopy(model)
-    part, inputs = _inputs(model, row)
-    twin_part, _ = _inputs(twin, row)
+    part, inputs = model_inputs(model, row)
+    twin_part, _ = model_inputs(twin, row)
     with torch.no_grad():
         for block in nlsurgery.inserted_blocks(twin).values():
             for parameter in block.parameters():
@@ -284,7 +136,7 @@ def _copy_is_its_own(model: nn.Module, row: dict[str, Any], before: list[Tensor]
 
 
 def _with_tool(model: nn.Module, row: dict[str, Any], name: str) -> None:
-    part, inputs = _inputs(model, row)
+    part, inputs = model_inputs(model, row)
     if name == "compile":
         with torch.no_grad():
             _compiled(part, inputs, _tensors(part(*inputs)))
@@ -308,31 +160,31 @@ TOOLS: dict[str, Tool] = {
 
 
 def _features_only(entry: Entry, row: dict[str, Any]) -> None:
-    model, row = _with_weights(entry, row, features_only=True)
+    model, row = with_weights(entry, row, features_only=True)
     size = row.get("run_size", row["input_size"])
     torch.manual_seed(0)
     x = torch.randn(1 if row["params"] > LARGE else 2, *size)
     with torch.no_grad():
         before = _tensors(model(x))
-    _operate(model, {**row, "run_size": size})
+    operate(model, {**row, "run_size": size})
     _same(before, model, (x,))
 
 
 def _extracted_or_not(entry: Entry, row: dict[str, Any]) -> str:
     """torchvision's form of it: the stages by ``create_feature_extractor``, before and after the surgery."""
-    model, row = _with_weights(entry, row)
+    model, row = with_weights(entry, row)
     before: dict[str, Tensor] = {}
     plain = _answer(lambda: before.update(_extracted(model, row)))
     if plain != "yes":
         return f"n/a (original: {plain})"
-    _operate(model, row)
+    operate(model, row)
     return _answer(lambda: _same_features(before, _extracted(model, row)))
 
 
 def _extracted(model: nn.Module, row: dict[str, Any]) -> dict[str, Tensor]:
     from torchvision.models.feature_extraction import create_feature_extractor
 
-    part, inputs = _inputs(model, row)
+    part, inputs = model_inputs(model, row)
     prefix = next(name for name, module in model.named_modules() if module is part)
     names = [fqn.removeprefix(prefix + ".") for _, fqn, *_ in row["stages"]]
     with torch.no_grad():

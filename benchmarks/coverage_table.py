@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.coverage_checks import LARGE, RUN_COLUMNS, TOOL_COLUMNS
+from benchmarks.coverage_checks import RUN_COLUMNS, TOOL_COLUMNS
+from benchmarks.coverage_weights import LARGE
 
 #: Bounds between the sizes that the page counts by, in millions of parameters.
 SIZES = (20, 40, 60, 90, 300)
