@@ -36,9 +36,9 @@ def is_plain(module: nn.Module) -> bool:
     """
     hooks = module._forward_hooks or module._forward_pre_hooks
     hooks = hooks or module._backward_hooks or module._backward_pre_hooks
-    if type(module) not in _CONVS or hooks or "forward" in vars(module):
+    if type(module) not in _CONVS or hooks or "forward" in module.__dict__:
         return False
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    assert isinstance(module, _CONVS)
     steps = (*module.kernel_size, *module.stride)
     padding = module.padding if isinstance(module.padding, tuple) else (0,)
     return module.groups == 1 and set(steps) == {1} and not any(padding)
