@@ -18,8 +18,14 @@ def key(row: Row) -> tuple[str, ...] | None:
     return None if "growth" in row else (row["shape"], row["mode"], row["dtype"], row["pass"])
 
 
-def page(rows: Sequence[Row], device: str) -> str:
-    """The results in Markdown."""
+def page(rows: Sequence[Row], device: str, flags: str = "") -> str:
+    """The results in Markdown.
+
+    Args:
+        rows: What was measured.
+        device: On what.
+        flags: What the command was told besides.
+    """
     lines = [row for row in rows if key(row)]
     peers = list(dict.fromkeys(n for row in lines for n in row["seconds"] if n != OURS))
     threads = ", ".join(sorted({str(row["threads"]) for row in rows}))
@@ -33,7 +39,7 @@ def page(rows: Sequence[Row], device: str) -> str:
         "the share of our forward time that its matrix products would take at the speed of one "
         "large product measured beside it.",
         "",
-        "`python benchmarks/operators.py --rows rows.jsonl --memory --scaling`, then",
+        f"`python benchmarks/operators.py --rows rows.jsonl{flags or ' --memory --scaling'}`, then",
         "`python benchmarks/operators.py --rows rows.jsonl --shapes --out …`",
         "",
         "## Time",

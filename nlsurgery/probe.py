@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nlsurgery.catalog import registered
+from nlsurgery.constants import Constants
 from nlsurgery.errors import ModelError, VerifyError
 from nlsurgery.walk import CHILD_NAME, HOOK_MARK, OutputPath, backbone_modules
 
@@ -141,6 +142,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.node_of: dict[int, int] = {}
         self.written: dict[int, int] = {}
         self.alive: list[Any] = []
+        self.constants = Constants()
         self.stack: list[int] = []
 
     def add(self, tensor: Tensor, node: Node) -> int:
@@ -165,16 +167,19 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         kwargs = kwargs or {}
         name = func._schema.name.removeprefix("aten::")
+        if name == "_local_scalar_dense" and (value := self.constants.value(args[0])) is not None:
+            return value.item()
         quick = _quick_result(name, args)
         out = func(*args, **kwargs) if quick is None else quick
         reads: list[Tensor] = []
         _collect(args, reads)
         _collect(kwargs.values(), reads)
         preds = {node for t in reads if (node := self.lookup(t)) is not None}
-        if not preds:
-            return out
         made: list[Tensor] = []
         _collect((out,), made)
+        if not preds:
+            self.constants.note(func, args, kwargs, made)
+            return out
         call = self.stack[-1] if self.stack else None
         before = tuple(sorted(preds))
         read_ids = {id(t) for t in reads}

@@ -118,3 +118,39 @@ def test_apply_is_fast_and_takes_no_second_model() -> None:
         nlsurgery.apply(model, recipe)
         applies.append(time.process_time() - started)
     assert min(applies) < 0.5 * min(builds) + 0.3
+
+
+class AsksForAValue(nn.Module):
+    """Reshapes by a number that it reads off a tensor."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source = source
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.table = nn.Parameter(torch.arange(40.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        places = torch.arange(x.shape[3], device=x.device).view(1, -1).expand(2, -1)
+        if self.source == "written":
+            places = places.clone()
+            places[:, -1] = x.new_zeros(())
+        chosen = {
+            "positions": places + 1,
+            "written": places + 1,
+            "input": x,
+            "weights": self.table[:8],
+            "random": torch.randint(9, (3,), device=x.device),
+        }[self.source]
+        return y.reshape(y.shape[0], 4, -1, int(chosen.max().item()))
+
+
+def test_a_value_that_follows_from_the_shapes_is_known():
+    model = AsksForAValue("positions")
+    assert probe(model, (3, 6, 8)).trace.outputs[0].shape == (2, 4, 6, 8)
+
+
+@pytest.mark.parametrize("source", ["written", "input", "weights", "random"])
+def test_a_value_that_follows_from_more_is_an_error(source):
+    with pytest.raises(SurgeryError, match="item"):
+        probe(AsksForAValue(source), (3, 6, 8))
