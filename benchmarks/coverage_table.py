@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.coverage_checks import RUN_COLUMNS, TOOL_COLUMNS
-from benchmarks.coverage_weights import LARGE
+from benchmarks.coverage_weights import HUGE, LARGE
 
 #: Bounds between the sizes that the page counts by, in millions of parameters.
 SIZES = (20, 40, 60, 90, 300)
@@ -65,8 +65,9 @@ def table(rows: Sequence[dict[str, Any]], totals: dict[str, int]) -> str:
         "- **identity**, **keys**, **backward**, **deepcopy**: `apply` on real weights, zero parameters "
         "made random first; output equal to the last bit, keys and values kept, a gradient at every "
         "block, copies that run blocks of their own. Two inputs of the model's own size; of "
-        f"more than {LARGE // 1_000_000} million parameters, one input of half the size where the model can "
-        "be built for it, and parameters of one kind of module, name and shape are one tensor.",
+        f"more than {LARGE // 1_000_000} million parameters, one input of half the size (above "
+        f"{HUGE // 1_000_000} million a quarter) where the model can be built for it, and parameters of one "
+        "kind of module, name and shape are one tensor.",
         "- **compile** (`fullgraph=True`), **export**, **fx**: on the operated model.",
         "- **features_only**: timm's own form of the model, operated on; of torchvision's, the stages by "
         "`create_feature_extractor`, before and after the surgery.",

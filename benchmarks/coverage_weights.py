@@ -14,9 +14,9 @@ from benchmarks.coverage_models import Entry, build, build_lean
 from nlsurgery.probe import first_input
 
 #: Models of more parameters share one tensor among all parameters of one kind, name and shape, and run
-#: on one input in place of two, of half their size where they can be built for it: neither their memory
-#: nor their time would fit. Videos get one input too.
-LARGE = 40_000_000
+#: on one input in place of two, of half their size where they can be built for it, and of yet more
+#: parameters of a quarter: neither their memory nor their time would fit. Videos get one input too.
+LARGE, HUGE = 40_000_000, 300_000_000
 
 
 def with_weights(
@@ -25,12 +25,15 @@ def with_weights(
     """A model with storage, and its row; with input size and anatomy if the size is not its own."""
     if row["params"] <= LARGE:
         return randomised(build(entry, meta=False, **options)), row
-    for size in [row["run_size"]] if "run_size" in row else _smaller_sizes(row["input_size"]):
+    known = "run_size" in row
+    for size in [row["run_size"]] if known else _smaller_sizes(row["input_size"], row["params"]):
         # What is built for one size is built for the smaller one; a convolutional network takes both.
         for more in ({"img_size": tuple(size[-2:])}, {}):
             try:
                 model = randomised(build_lean(entry, **options, **more))
                 anatomy = nlsurgery.inspect(model, input_size=size)
+                if not anatomy.stages:
+                    continue  # of a grid of 4×4, rounded, no layout can be told
                 part, inputs = model_inputs(model, row | {"run_size": size})
                 with torch.no_grad():
                     part(*inputs)  # on the meta device no index is out of bounds
@@ -40,13 +43,15 @@ def with_weights(
     return randomised(build_lean(entry, **options)), row | {"run_size": row["input_size"]}
 
 
-def _smaller_sizes(size: list[int]) -> Iterator[list[int]]:
-    """Half of an input size, in steps that patches of 14, 16 or 32 pixels divide."""
-    halves = {
-        tuple(max(step, side // 2 // step * step) for side in size[-2:]) for step in (14, 16, 32)
-    }
-    for half in sorted(halves, reverse=True):
-        yield [*size[:-2], *half]
+def _smaller_sizes(size: list[int], params: int) -> Iterator[list[int]]:
+    """A quarter or half of an input size, in steps that patches of 14, 16 or 32 pixels divide."""
+    for divisor in (4, 2) if params > HUGE else (2,):
+        sizes = {
+            tuple(max(2 * step, side // divisor // step * step) for side in size[-2:])
+            for step in (14, 16, 32)
+        }
+        for smaller in sorted(sizes, reverse=True):
+            yield [*size[:-2], *smaller]
 
 
 def randomised(model: nn.Module) -> nn.Module:

@@ -370,8 +370,12 @@ def main() -> None:
         for mode in options.modes:
             keep(growth(mode, options))
     if options.out:
-        named = list(dict.fromkeys(row["shape"] for row in rows if "shape" in row))
-        flags = "" if set(named) & set(SHAPES) else f" --memory --shapes {' '.join(named)}"
+        named, modes = (
+            list(dict.fromkeys(row[key] for row in rows if "shape" in row))
+            for key in ("shape", "mode")
+        )
+        flags = f" --shapes {' '.join(named)} --modes {' '.join(modes)}"
+        flags = "" if set(named) & set(SHAPES) else flags
         options.out.write_text(page(rows, options.device, flags))
     if options.picture:
         draw(rows, options.picture)
