@@ -133,6 +133,10 @@ def test_padded_channels_change_nothing(monkeypatch, shape):
     assert not any(place % 8 for place in (taken.storage_offset(), *taken.stride()[:3]))
 
 
+def test_a_plan_counts_no_padding():
+    assert affinity_softmax._fusable(torch.empty(1, 1, 5, 20, device="meta")).shape[3] == 20
+
+
 def backbone(name: str) -> tuple[nn.Module, str | dict[str, object]]:
     """A real architecture and a recipe for it."""
     if name == "resnet18":

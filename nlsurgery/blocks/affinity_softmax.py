@@ -29,7 +29,7 @@ _softmax_backward = torch.ops.aten._softmax_backward_data.out
 #: Bytes of logits that one chunk may take: they should stay in the last-level cache.
 CHUNK_BYTES = 16 << 20
 #: What rows of fused attention begin on a multiple of, by device; on others 8, 16 bytes of half precision.
-ALIGNED = {"cpu": 1}
+ALIGNED = {"cpu": 1, "meta": 1}
 #: Bytes of a bfloat16 map that is kept for backward on a CPU though its projections are smaller.
 KEPT_BYTES = 4 << 20
 #: Beyond this size (times a share by the row's largest weight), rounding a logit to bfloat16
