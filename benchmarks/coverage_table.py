@@ -122,10 +122,9 @@ def _summary(rows: Sequence[dict[str, Any]], totals: dict[str, int]) -> list[str
         lines.append(f"| **{library}, every column** | {whole} | {total} | {share} |")
     times = [row["plan_s"] for row in rows if "plan_s" in row]
     if times:
-        lines += [
-            "",
-            f"CPU seconds of `plan`: median {statistics.median(times):.2f}, most {max(times):.1f}.",
-        ]
+        middle, most = statistics.median(times), max(times)
+        line = f"CPU seconds of `plan` ({len(times)} models): median {middle:.2f}, most {most:.1f}."
+        lines += ["", line]
     return lines
 
 
