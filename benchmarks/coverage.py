@@ -5,7 +5,8 @@
     python benchmarks/coverage.py --level tools --rows rows.jsonl --table docs/coverage.md
 
 Rows are appended as they are made, one JSON object a line, and models that have one are left out: a sweep
-can be stopped and taken up again; those of docs/coverage.md are benchmarks/results/coverage.jsonl. Exits with 1 when a model does not hold a column.
+can be stopped and taken up again. Those of docs/coverage.md are benchmarks/results/coverage.jsonl. Exits
+with 1 when a model does not hold a column.
 """
 
 from __future__ import annotations
