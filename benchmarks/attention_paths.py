@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -30,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.operators import clock
+from benchmarks.operators import interleaved
 from benchmarks.operators_table import versions
 from benchmarks.rows import Row, append_row, read_rows
 from nlsurgery.blocks.affinity_softmax import softmax_attend
@@ -96,13 +95,7 @@ def measure(case: Row, options: argparse.Namespace) -> Row:
         except RuntimeError:
             continue
         ready[path] = run
-    taken: dict[str, list[float]] = {path: [] for path in ready}
-    for _ in range(options.rounds):
-        for path, run in ready.items():
-            start = clock(options.device)
-            run()
-            taken[path].append(clock(options.device) - start)
-    seconds = {path: statistics.median(values) for path, values in taken.items()}
+    seconds = interleaved(ready, options)
     megabytes = {path: peak(run, options.device) for path, run in ready.items()}
     name = torch.cuda.get_device_name() if options.device == "cuda" else "CPU"
     return case | {"device": name, "seconds": seconds, "megabytes": megabytes}

@@ -239,13 +239,20 @@ def times(
         except (NotImplementedError, RuntimeError) as error:
             result[name] = "–" if isinstance(error, NotImplementedError) else "fails"
             ready.pop(name, None)
+    return result | interleaved(ready, options)
+
+
+def interleaved(
+    ready: dict[str, Callable[[], None]], options: argparse.Namespace
+) -> dict[str, float]:
+    """Median seconds of each of several runs, taken in turns."""
     taken: dict[str, list[float]] = {name: [] for name in ready}
     for _ in range(options.rounds):
         for name, run in ready.items():
             start = clock(options.device)
             run()
             taken[name].append(clock(options.device) - start)
-    return result | {name: statistics.median(values) for name, values in taken.items()}
+    return {name: statistics.median(values) for name, values in taken.items()}
 
 
 def product_flops(shape: tuple[int, ...], mode: str, form: str) -> float:

@@ -38,7 +38,7 @@ class Constants:
         name = func._schema.name.removeprefix("aten::")
         for position, tensor in enumerate(made):
             if func._schema.is_mutable:
-                self._written.add(_storage(tensor))
+                self._written.add(storage_key(tensor))
             elif torch.Tag.nondeterministic_seeded not in func.tags and "empty" not in name:
                 self._made[id(tensor)] = (tensor, func, args, kwargs, position)
 
@@ -47,7 +47,7 @@ class Constants:
         if tensor.device.type != "meta":
             return tensor
         made = self._made.get(id(tensor))
-        if made is None or _storage(tensor) in self._written or tensor.numel() > MOST_VALUES:
+        if made is None or storage_key(tensor) in self._written or tensor.numel() > MOST_VALUES:
             return None
         _, func, args, kwargs, position = made
         unknown = False
@@ -69,6 +69,7 @@ class Constants:
         return out if isinstance(out, Tensor) else out[position]
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_key(tensor: Tensor) -> int:
+    """What tells one piece of memory from another, shared by the views of it."""
     key: int = tensor.untyped_storage()._cdata
     return key

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nlsurgery.catalog import registered
-from nlsurgery.constants import Constants
+from nlsurgery.constants import Constants, storage_key
 from nlsurgery.errors import ModelError, VerifyError
 from nlsurgery.walk import CHILD_NAME, HOOK_MARK, OutputPath, backbone_modules
 
@@ -157,7 +157,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         own = self.node_of.get(id(tensor))
         if not self.written:
             return own
-        write = self.written.get(_storage_key(tensor))
+        write = self.written.get(storage_key(tensor))
         if write is None or (own is not None and own >= write):
             return own
         return write
@@ -190,7 +190,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 continue
             index = self.add(tensor, Node(before, call, name, tuple(tensor.shape), picked))
             if mutates:
-                self.written[_storage_key(tensor)] = index
+                self.written[storage_key(tensor)] = index
         return out
 
 
@@ -225,11 +225,6 @@ def _picked(name: str, args: tuple[Any, ...]) -> tuple[int, int, int] | None:
     end = rest[2] if len(rest) > 2 and rest[2] is not None else size
     start, end = (value + size if value < 0 else min(value, size) for value in (start, end))
     return dim, start, end
-
-
-def _storage_key(tensor: Tensor) -> int:
-    key: int = tensor.untyped_storage()._cdata
-    return key
 
 
 def _collect(values: Iterable[Any], into: list[Tensor]) -> None:
