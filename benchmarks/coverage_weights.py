@@ -23,6 +23,7 @@ def with_weights(
     entry: Entry, row: dict[str, Any], **options: Any
 ) -> tuple[nn.Module, dict[str, Any]]:
     """A model with storage, and its row; with input size and anatomy if the size is not its own."""
+    torch.manual_seed(0)
     if row["params"] <= LARGE:
         return randomised(build(entry, meta=False, **options)), row
     known = "run_size" in row
