@@ -1,15 +1,15 @@
 """Softmax attention that keeps no N×M tensor, forward or backward.
 
 Two forms beside the explicit one: torch's fused attention, and chunks of queries whose softmax is
-computed again in backward (only q, k and v are saved). Logits are formed in float32 for half
-inputs in all of them: unscaled logits in bfloat16 are off by up to 0.1.
+computed again in backward (only q, k and v are saved). Logits of half inputs are formed in float32 in
+both: rounded to bfloat16, one of 20 is off by 0.06.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -26,23 +26,11 @@ from nlsurgery.blocks.affinity import (
 from nlsurgery.blocks.geometry import is_recorded
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
+_fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 #: Bytes of logits that one chunk may take: they should stay in the last-level cache.
 CHUNK_BYTES = 16 << 20
 #: What rows of fused attention begin on a multiple of, by device; on others 8, 16 bytes of half precision.
 ALIGNED = {"cpu": 1, "meta": 1}
-#: Bytes of a bfloat16 map that is kept for backward on a CPU though its projections are smaller.
-KEPT_BYTES = 4 << 20
-#: Beyond this size (times a share by the row's largest weight), rounding a logit to bfloat16
-#: shows in the result; and what a guess may leave of a row's largest logit.
-ROUNDED_LOGIT, LEFT_LOGIT = 3.0, 4.0
-#: The logarithms of a row's sum of exponentials between which no row leaves so much: its share is
-#: at most 0.781, where the largest weight is 0.61.
-LEFT_TOTAL = (-4.6, 5.6)
-#: Up to so many multiplications, a float32 product takes less time than what rounding asks for.
-FEW_PRODUCTS = 50_000_000
-#: How many rows of a map are looked at first, and how many rows and keys a map has at least for that.
-FEW_ROWS = 32
-MANY = 128
 
 
 def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> Tensor:
@@ -62,9 +50,30 @@ def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> 
         return apply_map(softmax_map(q, k, scale), v)
     with without_autocast(q):
         if form == "fused" or torch.compiler.is_compiling():
+            if _is_fused_here(q):
+                return _Fused.apply(q, k, v, scale)  # type: ignore[no-any-return]
             query, key, value = (tokens.unsqueeze(1) for tokens in (q, k, v))
             return fused_attend(query, key, value, scale).squeeze(1)
         return _Chunked.apply(q, k, v, scale)  # type: ignore[no-any-return]
+
+
+def _is_fused_here(q: Tensor) -> bool:
+    """Whether fused attention is :class:`_Fused`."""
+    low = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    return low and not torch.compiler.is_compiling()
+
+
+def adds_up(x: Tensor, num_queries: int, num_keys: int) -> bool:
+    """Whether fused attention of ``x`` has a backward that adds up chunks: faster channels first."""
+    if not (torch.is_grad_enabled() and _is_fused_here(x)):
+        return False
+    return num_queries * num_keys * x.itemsize > CHUNK_BYTES
+
+
+def _widened(tokens: Tensor, size: int) -> Tensor:
+    """(..., C) with zeros for channels C to ``size``."""
+    missing = size - tokens.shape[-1]
+    return F.pad(tokens, (0, missing)) if missing else tokens
 
 
 def fused_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -94,7 +103,7 @@ def _fusable(tokens: Tensor) -> Tensor:
     multiple = ALIGNED.get(tokens.device.type, 8)
     missing = -tokens.shape[3] % multiple
     if missing:
-        return F.pad(tokens, (0, missing)).contiguous()
+        return _widened(tokens, tokens.shape[3] + missing).contiguous()
     if torch.compiler.is_compiling():
         return tokens
     rows = zip(tokens.stride()[:3], tokens.shape[:3], strict=True)
@@ -107,19 +116,6 @@ def _fusable(tokens: Tensor) -> Tensor:
 def fits(num_keys: int, value_size: int) -> bool:
     """Whether an N×M tensor may be kept: no larger than the four projections, and in the cache."""
     return num_keys <= min(1024, 4 * value_size)
-
-
-def _is_kept(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether backward finds the N×M tensor rather than form it again."""
-    if fits(k.shape[1], v.shape[2]):
-        return True
-    num_bytes = q.shape[0] * q.shape[1] * k.shape[1] * v.itemsize
-    return _is_low(q) and num_bytes <= KEPT_BYTES
-
-
-def _is_low(q: Tensor) -> bool:
-    """Whether no product of this dtype and device gives its result in float32."""
-    return q.dtype == torch.bfloat16 and q.device.type == "cpu"
 
 
 def chunks(
@@ -176,165 +172,26 @@ class _Workspace:
         return kept[:num_bytes].view(self.buffer.dtype)
 
 
-class _Logits:
-    """Forms softmax rows for one call: which products, in which precision.
-
-    In bfloat16 on a CPU a float32 product takes more than twice as long, and no product of
-    bfloat16 gives float32. For all but small maps the product runs there in bfloat16, and where a
-    row's largest logit m is so large that rounding it matters, with -m in the accumulator: the
-    logits that weigh are then near 0, where bfloat16 is fine enough. A few rows give a guess of all
-    m; rows that it misses are done again.
-    """
-
-    def __init__(self, q: Tensor, k: Tensor, scale: float, *, keep: bool = False) -> None:
-        low = _is_low(q)
-        self.rounded = low and q.numel() * k.shape[1] > FEW_PRODUCTS
-        self.dtype = q.dtype if self.rounded else accumulator(q.dtype)
-        #: The dtype of all other products.
-        self.factor_dtype = q.dtype if low else self.dtype
-        self.scale = scale
-        self.q, self.k = (q, k) if self.rounded else (q.to(self.dtype), k.to(self.dtype))
-        self.workspace = None if keep else _Workspace(q, self.dtype, "logits")
-
-    def again(self, b: slice, i: slice, shift: Tensor | None) -> Tensor:
-        """Probabilities of queries ``i`` of batch items ``b`` by the shift :meth:`rows` gave."""
-        queries, keys = self._factors(b, i)
-        return self._softmax(self._product(queries, keys, shift))
-
-    def rows(self, b: slice, i: slice, guess: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Probabilities of queries ``i`` of batch items ``b``, and their shift if there is one.
-
-        Unless they are to be kept, they lie in a workspace, and hold until the next call.
-
-        Args:
-            b: Batch items.
-            i: Queries.
-            guess: What :meth:`guess` gave.
-        """
-        queries, keys = self._factors(b, i)
-        if guess is not None:
-            return self._shifted(queries, keys, guess[b, i])
-        logits = self._product(queries, keys, None)
-        if not self.rounded or self._largest(logits) <= ROUNDED_LOGIT:
-            return self._softmax(logits), None
-        top = logits.amax(-1, keepdim=True)
-        p = self._softmax(logits)
-        largest = p.amax(-1, keepdim=True).float()
-        if not self._matters(top * abs(self.scale), largest, ROUNDED_LOGIT).any():
-            return p, None
-        return self._softmax(self._product(queries, keys, top)), top
-
-    def guess(self) -> Tensor | None:
-        """For each row a logit near those that weigh, (B, N, 1).
-
-        Over keys of mean k̄ that spread alike in all directions, such a logit of q is q·k̄ + c|q|; a
-        few whole rows, each with the mean of its logits by the squares of their weights, tell c.
-        ``None`` for small maps, and where the rows say that rounding does not show.
-        """
-        every = self.q.shape[1] // FEW_ROWS
-        if not self.rounded or min(self.q.shape[1], self.k.shape[1]) < MANY:
-            return None
-        logits = torch.bmm(self.q[:, ::every], self.k.transpose(1, 2))
-        if self._largest(logits.amax(-1)) <= ROUNDED_LOGIT:
-            return None
-        weights = torch.softmax(logits * (2 * self.scale), -1)
-        centre = (weights * logits).sum(-1, keepdim=True)
-        mean = (self.q * self.k.mean(1, keepdim=True)).sum(-1, keepdim=True)
-        length = (self.q * self.q).sum(-1, keepdim=True).sqrt_()
-        ratio = (centre - mean[:, ::every]) / length[:, ::every]
-        return mean.addcmul_(length, ratio.nanmedian(1, keepdim=True).values.nan_to_num_(0.0))
-
-    def _shifted(self, queries: Tensor, keys: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows by a guessed shift; those whose largest logit it misses by too much once more."""
-        logits = self._product(queries, keys, shift)
-        first = logits[..., 0].float() * self.scale
-        p = self._softmax(logits)
-        # A row's largest logit is the logarithm of its sum plus that of its largest weight.
-        total = first - p[..., 0].float().log_()
-        rows = ((total < LEFT_TOTAL[1]) & (total > LEFT_TOTAL[0])).logical_not_()
-        item, row = rows.nonzero(as_tuple=True)
-        if not row.numel():
-            return p, shift
-        largest, key = p[item, row].max(-1)
-        exact = (queries[item, row].float() * keys[item, :, key]).sum(-1)
-        left = (exact - shift[item, row, 0]) * self.scale
-        missed = self._matters(left, largest.float(), LEFT_LOGIT)
-        if not missed.any():
-            return p, shift
-        item, row = item[missed], row[missed]
-        shift = shift.clone()
-        shift[item, row, 0] = exact[missed].to(shift.dtype)
-        if 2 * row.numel() > rows.numel():
-            return self._softmax(self._product(queries, keys, shift)), shift
-        for one in sorted(set(item.tolist())):
-            again = row[item == one]
-            logits = torch.baddbmm(
-                -shift[one, again][None], queries[one, again][None], keys[one][None]
-            )
-            p[one, again] = self._softmax(logits)[0]
-        return p, shift
-
-    def _factors(self, b: slice, i: slice) -> tuple[Tensor, Tensor]:
-        return self.q[b, i], self.k[b].transpose(1, 2)
-
-    def _product(self, queries: Tensor, keys: Tensor, shift: Tensor | None) -> Tensor:
-        size = (queries.shape[0], queries.shape[1], keys.shape[2])
-        out = self.workspace.take(*size) if self.workspace else None
-        if shift is None:
-            return torch.bmm(queries, keys, out=out)
-        return torch.baddbmm(-shift, queries, keys, out=out)
-
-    def _largest(self, logits: Tensor) -> float:
-        if not logits.numel():
-            return 0.0
-        low, high = logits.aminmax()
-        return abs(self.scale) * max(-low.item(), high.item())
-
-    @staticmethod
-    def _matters(top: Tensor, largest: Tensor, bound: float) -> Tensor:
-        """Where rounding shows: it grows with a logit, and averages out over keys of like weight.
-
-        A row that is nearly one key's alone hardly changes with that key's logit either.
-
-        Args:
-            top: The rows' largest logits.
-            largest: Their largest weights.
-            bound: How large a logit may be in a row whose weight is one key's as much as others'.
-
-        Returns:
-            bool, False wherever ``top`` is at most ``bound``.
-        """
-        share = torch.minimum(largest.sqrt(), 2 * (1 - largest))
-        return top.abs() * share > bound
-
-    def _softmax(self, logits: Tensor) -> Tensor:
-        if self.scale != 1.0:
-            logits.mul_(self.scale)
-        return torch.softmax(logits, dim=-1, out=logits)
-
-
 class _Chunked(torch.autograd.Function):
     """Attention over chunks of queries; backward forms each chunk's softmax again.
 
-    Where all the rows together are no larger than the projections, or small, they are kept instead.
+    Where all the rows together are no larger than the projections, they are kept instead.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        keep = any(ctx.needs_input_grad[:3]) and _is_kept(q, k, v)
-        logits = _Logits(q, k, scale, keep=keep)
+        keep = any(ctx.needs_input_grad[:3]) and fits(k.shape[1], v.shape[2])
+        dtype = accumulator(q.dtype)
+        queries, keys = q.to(dtype), k.to(dtype)
         y = empty_as(v, q.shape[1])
-        halves = _Workspace(q, v.dtype, "weights")
-        guess = logits.guess()
+        logits, weights = _Workspace(q, dtype, "logits"), _Workspace(q, v.dtype, "weights")
         kept: list[Tensor] = []
-        ctx.shifts = []
-        for b, i in chunks(q.shape[0], q.shape[1], k.shape[1], logits.dtype.itemsize):
-            p, shift = logits.rows(b, i, guess)
-            weights = p.to(v.dtype) if keep else halves.converted(p)
-            ctx.shifts.append(shift)
+        for b, i in chunks(q.shape[0], q.shape[1], k.shape[1], dtype.itemsize):
+            p = _softmax(queries[b, i], keys[b], scale, None if keep else logits)
+            p = p.to(v.dtype) if keep else weights.converted(p)
             if keep:
-                kept.append(weights)
-            y[b, i] = apply_map(weights, v[b])
+                kept.append(p)
+            y[b, i] = apply_map(p, v[b])
         ctx.save_for_backward(q, k, v, *kept)
         ctx.scale = scale
         return y
@@ -342,44 +199,149 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         q, k, v, *kept = ctx.saved_tensors
+        scale = ctx.scale
         if torch.is_grad_enabled():
-            y = apply_map(softmax_map(q, k, ctx.scale), v)
-            return *differentiable_gradients(y, (q, k, v), dy), None
-        logits = _Logits(q, k, ctx.scale)
-        dtype = logits.factor_dtype
-        keys, values = k.to(dtype), v.to(dtype)
-        dq = empty_as(q, q.shape[1])
-        dk, dv = (empty_as(t, t.shape[1], accumulator(dtype)).zero_() for t in (k, v))
-        workspace = _Workspace(q, dtype, "gradients")
-        halves = _Workspace(q, dtype, "weights")
-        pieces = chunks(q.shape[0], q.shape[1], k.shape[1], logits.dtype.itemsize)
-        for index, (b, i) in enumerate(pieces):
-            queries, grad = q[b, i].to(dtype), dy[b, i].to(dtype)
-            p = kept[index] if kept else logits.again(b, i, ctx.shifts[index])
-            p = halves.converted(p)
-            _add_product(dv[b], p, grad, 1.0)
-            dp = workspace.take(*p.shape)
-            torch.bmm(grad, values[b].transpose(1, 2), out=dp)
-            ds = _softmax_backward(dp, p, -1, dtype, grad_input=dp)
-            dq[b, i] = apply_map(ds, keys[b]).mul_(ctx.scale)
-            _add_product(dk[b], ds, queries, ctx.scale)
-        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+            return *_plain_gradients(q, k, v, scale, dy), None
+        dtype = accumulator(q.dtype)
+        queries, keys, values = (t.to(dtype) for t in (q, k, v))
+        logits = _Workspace(q, dtype, "logits")
+
+        def weights(index: int, b: slice, i: slice) -> Tensor:
+            if kept:
+                p: Tensor = kept[index]
+                return p.to(dtype)
+            return _softmax(queries[b, i], keys[b], scale, logits)
+
+        gradients = _gradients(queries, keys, values, scale, dy.to(dtype), weights)
+        return *(g.to(t.dtype) for g, t in zip(gradients, (q, k, v), strict=True)), None
 
 
-def empty_as(tokens: Tensor, count: int, dtype: torch.dtype | None = None) -> Tensor:
+class _Fused(torch.autograd.Function):
+    """torch's fused attention in bfloat16 on a CPU, with a backward over chunks of queries.
+
+    Backward forms the logits again by a bfloat16 product, which is as exact as a float32 one where
+    they are near 0: a value near those that weigh in a row is subtracted in the accumulator. The
+    logarithm of the row's sum of exponentials, which the forward gives, tells it. torch's own
+    backward takes longer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        size = max(k.shape[2], v.shape[2])
+        query, key, value = (_fusable(_widened(t, size).unsqueeze(1)) for t in (q, k, v))
+        y, total = _fused_forward(query, key, value, scale=scale)
+        ctx.save_for_backward(q, k, v, total)
+        ctx.scale = scale
+        return y.squeeze(1)[..., : v.shape[2]]  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        q, k, v, total = ctx.saved_tensors
+        scale = ctx.scale
+        if torch.is_grad_enabled():
+            return *_plain_gradients(q, k, v, scale, dy), None
+        shift = _weighty_logit(q, k, scale, total.reshape(q.shape[0], q.shape[1], 1)).neg_()
+        logits = _Workspace(q, q.dtype, "logits")
+
+        def weights(index: int, b: slice, i: slice) -> Tensor:
+            out = logits.take(*shift[b, i].shape[:2], k.shape[1])
+            torch.baddbmm(shift[b, i], q[b, i], k[b].transpose(1, 2), alpha=scale, out=out)
+            return torch.softmax(out, dim=-1, out=out)
+
+        return *_gradients(q, k, v, scale, dy, weights), None
+
+
+def _weighty_logit(q: Tensor, k: Tensor, scale: float, total: Tensor) -> Tensor:
+    """For each row a logit near those that weigh in its softmax, (B, N, 1).
+
+    Logits with mean m and variance s² have, where they are spread normally, the logarithm
+    ``total`` = m + s²/2 + log M of the sum of their exponentials, and m + s² as their mean by weight.
+    Whatever the spread, m is at most total - log M, and no logit is larger than total.
+    """
+    mean = torch.bmm(q, k.mean(1, keepdim=True).transpose(1, 2)).float() * scale
+    centre = 2 * (total - math.log(k.shape[1])) - mean
+    return torch.minimum(centre, total).to(q.dtype)
+
+
+def _softmax(q: Tensor, k: Tensor, scale: float, workspace: _Workspace | None) -> Tensor:
+    """Softmax rows; they hold until the workspace's next use."""
+    out = workspace.take(*q.shape[:2], k.shape[1]) if workspace else None
+    logits = torch.bmm(q, k.transpose(1, 2), out=out)
+    if scale != 1.0:
+        logits.mul_(scale)
+    return torch.softmax(logits, dim=-1, out=logits)
+
+
+def _plain_gradients(q: Tensor, k: Tensor, v: Tensor, scale: float, dy: Tensor) -> tuple[Any, ...]:
+    y = apply_map(softmax_map(q, k, scale), v)
+    return differentiable_gradients(y, (q, k, v), dy)
+
+
+def _gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    dy: Tensor,
+    weights: Callable[[int, slice, slice], Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v, over chunks of queries.
+
+    Args:
+        q: (B, N, C') queries.
+        k: (B, M, C') keys.
+        v: (B, M, V) values.
+        scale: The factor on the logits.
+        dy: (B, N, V) gradient.
+        weights: Gives the softmax rows of a chunk by its number, batch items and queries.
+    """
+    pieces = list(chunks(q.shape[0], q.shape[1], k.shape[1], q.itemsize))
+    dq = empty_as(q, q.shape[1])
+    if all(i.stop - i.start == q.shape[1] for _, i in pieces):
+        dk, dv = (empty_as(t, t.shape[1]) for t in (k, v))
+        gather = _set_product
+    else:
+        dk, dv = (empty_as(t, t.shape[1]).to(accumulator(t.dtype)).zero_() for t in (k, v))
+        gather = _add_product
+    workspace = _Workspace(q, q.dtype, "gradients")
+    for index, (b, i) in enumerate(pieces):
+        p, grad = weights(index, b, i), dy[b, i]
+        gather(dv[b], p, grad, 1.0)
+        dp = workspace.take(*p.shape)
+        torch.bmm(grad, v[b].transpose(1, 2), out=dp)
+        ds = _softmax_backward(dp, p, -1, q.dtype, grad_input=dp)
+        dq[b, i] = apply_map(ds, k[b]).mul_(scale)
+        gather(dk[b], ds, q[b, i], scale)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def empty_as(tokens: Tensor, count: int) -> Tensor:
     """(B, count, C) uninitialised, in memory as ``tokens`` lies: tokens or channels first."""
     batch, channels = tokens.shape[0], tokens.shape[2]
     if tokens.stride(1) == 1:
-        return tokens.new_empty(batch, channels, count, dtype=dtype).transpose(1, 2)
-    return tokens.new_empty(batch, count, channels, dtype=dtype)
+        return tokens.new_empty(batch, channels, count).transpose(1, 2)
+    return tokens.new_empty(batch, count, channels)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
     """Add factor · aᵀb to ``total``, in the precision and memory order of ``total``."""
-    first, second = a.transpose(1, 2), b
-    if total.stride(1) == 1:
-        total, first, second = total.transpose(1, 2), b.transpose(1, 2), a
+    total, first, second = _in_order(total, a, b)
     if total.dtype == a.dtype:
         total.baddbmm_(first, second, alpha=factor)
     else:
         total.add_(torch.bmm(first, second), alpha=factor)
+
+
+def _set_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
+    """Set ``total`` to factor · aᵀb."""
+    total, first, second = _in_order(total, a, b)
+    torch.bmm(first, second, out=total)
+    if factor != 1.0:
+        total.mul_(factor)
+
+
+def _in_order(total: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``total``, aᵀ and b, or ``total``ᵀ, bᵀ and a: as ``total`` lies in memory."""
+    if total.stride(1) == 1:
+        return total.transpose(1, 2), b.transpose(1, 2), a
+    return total, a.transpose(1, 2), b

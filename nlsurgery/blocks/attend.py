@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nlsurgery.blocks.affinity_concat import concatenation_attend
 from nlsurgery.blocks.affinity_dot import dot_product_attend
-from nlsurgery.blocks.affinity_softmax import softmax_attend
+from nlsurgery.blocks.affinity_softmax import adds_up, softmax_attend
 from nlsurgery.blocks.choose import choose_implementation
 from nlsurgery.blocks.geometry import CHANNELS_LAST, to_map, to_tokens
 from nlsurgery.blocks.residual import convolve, is_plain
@@ -41,16 +41,19 @@ def laid_out(
         ``x`` itself, or a channels-last copy where tokens must be contiguous.
     """
     form = implementation
+    num_queries, key_count = math.prod(x.shape[2:]), num_keys(x.shape[2:], keys)
     if form == "auto":
         form = choose_implementation(
             mode,
-            num_queries=math.prod(x.shape[2:]),
-            num_keys=num_keys(x.shape[2:], keys),
+            num_queries=num_queries,
+            num_keys=key_count,
             head_size=sizes[0],
             value_size=sizes[1],
             dtype=x.dtype,
             device_type=x.device.type,
         )
+    if form == "fused" and adds_up(x, num_queries, key_count):
+        return x
     if form in ("fused", "sorted") and x.dim() in CHANNELS_LAST:
         return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
     return x

@@ -97,7 +97,7 @@ def choose_implementation(
 def _softmax_on_cpu(num_keys: int, head_size: int, value_size: int, dtype: torch.dtype) -> str:
     if dtype == torch.bfloat16:
         # The others form float32 logits by float32 products, which only small maps do not notice.
-        return "explicit" if num_keys <= SMALL_MAP else "chunked"
+        return "explicit" if num_keys <= SMALL_MAP else "fused"
     if fits(num_keys, value_size):
         return "explicit"
     # torch's fused attention falls back to an N×M tensor where the two sizes differ.
