@@ -221,8 +221,7 @@ class _Fused(torch.autograd.Function):
 
     Backward forms the logits again by a bfloat16 product, which is as exact as a float32 one where
     they are near 0: a value near those that weigh in a row is subtracted in the accumulator. The
-    logarithm of the row's sum of exponentials, which the forward gives, tells it. torch's own
-    backward takes longer.
+    logarithm of the row's sum of exponentials, which the forward gives, tells it.
     """
 
     @staticmethod
@@ -301,7 +300,7 @@ def _gradients(
         dk, dv = (empty_as(t, t.shape[1]) for t in (k, v))
         gather = _set_product
     else:
-        dk, dv = (empty_as(t, t.shape[1]).to(accumulator(t.dtype)).zero_() for t in (k, v))
+        dk, dv = (torch.zeros_like(t, dtype=accumulator(t.dtype)) for t in (k, v))
         gather = _add_product
     workspace = _Workspace(q, q.dtype, "gradients")
     for index, (b, i) in enumerate(pieces):
