@@ -92,7 +92,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, implementat
         y = concatenation_attend(queries.squeeze(2), keys.squeeze(2), values, form)
     else:
         y = softmax_attend(queries, keys, values, scale, form)
-    return to_map(y, q)
+    return to_map(y, q.shape[2:])
 
 
 @torch.fx.wrap

@@ -79,7 +79,7 @@ class ExpectationMaximisation(ProjectedBlock):
 
     def attended(self, x: Tensor) -> Tensor:
         """Each position rebuilt from the bases."""
-        return to_map(self.bases(to_tokens(self.features(x))), x)
+        return to_map(self.bases(to_tokens(self.features(x))), x.shape[2:])
 
 
 @torch.fx.wrap

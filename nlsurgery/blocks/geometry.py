@@ -106,11 +106,23 @@ def pool_keys(x: Tensor) -> Tensor:
 @torch.fx.wrap
 def to_tokens(x: Tensor) -> Tensor:
     """(B, C, *spatial) to (B, N, C), a view for contiguous and channels-last tensors."""
+    if _is_channels_last(x, 1):
+        return x.movedim(1, -1).flatten(1, -2)
     return x.flatten(2).transpose(1, 2)
 
 
 @torch.fx.wrap
-def to_map(tokens: Tensor, like: Tensor) -> Tensor:
-    """(B, N, C) to (B, C, *spatial) with the spatial sizes of ``like``, a view where possible."""
-    shape = (tokens.shape[0], tokens.shape[2], *like.shape[2:])
-    return tokens.transpose(1, 2).reshape(shape)
+def to_map(tokens: Tensor, spatial: Sequence[int]) -> Tensor:
+    """(B, N, C) to (B, C, *spatial), a view where possible."""
+    batch, _, channels = tokens.shape
+    if _is_channels_last(tokens, 2):
+        return tokens.reshape(batch, *spatial, channels).movedim(-1, 1)
+    return tokens.transpose(1, 2).reshape(batch, channels, *spatial)
+
+
+def _is_channels_last(x: Tensor, channels: int) -> bool:
+    # Flattening (1, C, H, W) in the other order loses the stride of the batch, and with it the
+    # memory format by which torch chooses its convolutions, forward and backward.
+    if torch.compiler.is_compiling() or is_recorded():
+        return False
+    return x.stride(channels) == 1

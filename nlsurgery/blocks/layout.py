@@ -9,6 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from nlsurgery.blocks.geometry import to_map
 from nlsurgery.errors import BlockError
 
 Kind = Literal["NCHW", "NHWC", "NLC", "NCTHW", "NTHWC", "NCL"]
@@ -107,7 +108,7 @@ def to_channels_first(x: Tensor, layout: Layout) -> tuple[Tensor, Tensor | None]
     prefix, tokens = (x[:, :num_prefix], x[:, num_prefix:]) if num_prefix else (None, x)
     num_tokens = tokens.shape[1]
     grid = (num_tokens,) if layout.grid is None else token_grid(num_tokens, layout.grid)
-    return tokens.transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid), prefix
+    return to_map(tokens, grid), prefix
 
 
 @torch.fx.wrap

@@ -45,7 +45,7 @@ def multi_head(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Ten
     with without_autocast(v):
         split = [split_heads(to_tokens(t).contiguous(), heads) for t in (q, k, v)]
         y = fused_attend(split[0], split[1], split[2], scale)
-        return to_map(y.transpose(1, 2).flatten(2), q)
+        return to_map(y.transpose(1, 2).flatten(2), q.shape[2:])
 
 
 @torch.fx.wrap
@@ -142,7 +142,7 @@ class HardNonLocal(ProjectedBlock):
 
     def attended(self, x: Tensor) -> Tensor:
         """The mean of the chosen keys' values."""
-        return to_map(_weighted(self._map(x), to_tokens(self.g(x))), x)
+        return to_map(_weighted(self._map(x), to_tokens(self.g(x))), x.shape[2:])
 
     def attention(self, x: Tensor) -> Tensor:
         """The hard map of (B, C, *spatial): (B, N, N), 1/k on k keys a row."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nlsurgery.blocks import Layout, from_channels_first, to_channels_first
+from nlsurgery.blocks.geometry import to_map, to_tokens
 from nlsurgery.blocks.layout import token_grid
 from nlsurgery.errors import BlockError
 
@@ -128,3 +129,24 @@ def test_layout_functions_trace():
 
 
 LAYOUT = Layout("NLC", 1, (2, 3))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_channels_last_stays_so_through_tokens(batch):
+    """In torch's eyes too, which takes other convolutions where the stride of a batch of one is lost."""
+    last = torch.channels_last
+    x = torch.randn(batch, 6, 4, 5).to(memory_format=last).requires_grad_()
+    tokens = to_tokens(x)
+    y = to_map(tokens, x.shape[2:])
+    seen: list[torch.Tensor] = []
+    x.register_hook(seen.append)
+    to_map(tokens * 2, x.shape[2:]).sum().backward()
+    for made in (y, seen[0]):
+        assert made.is_contiguous(memory_format=last)
+        assert torch.nn.functional.conv2d(made, torch.ones(3, 6, 1, 1)).is_contiguous(
+            memory_format=last
+        )
+    assert torch.equal(y, x)
+    host = x.detach().flatten(2).transpose(1, 2)
+    mapped, _ = to_channels_first(host, Layout("NLC", 0, (4, 5)))
+    assert mapped.is_contiguous(memory_format=last)
