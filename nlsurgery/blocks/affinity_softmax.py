@@ -24,11 +24,15 @@ from nlsurgery.blocks.affinity import (
     without_autocast,
 )
 from nlsurgery.blocks.geometry import is_recorded
+from nlsurgery.blocks.memory_format import transposed
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.out
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 #: Bytes of logits that one chunk may take: they should stay in the last-level cache.
 CHUNK_BYTES = 16 << 20
+#: Queries of a single map up to which torch's own backward is faster in bfloat16.
+ONE_SMALL_MAP = 256
 #: What rows of fused attention begin on a multiple of, by device; on others 8, 16 bytes of half precision.
 ALIGNED = {"cpu": 1, "meta": 1}
 
@@ -50,24 +54,9 @@ def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> 
         return apply_map(softmax_map(q, k, scale), v)
     with without_autocast(q):
         if form == "fused" or torch.compiler.is_compiling():
-            if _is_fused_here(q):
-                return _Fused.apply(q, k, v, scale)  # type: ignore[no-any-return]
             query, key, value = (tokens.unsqueeze(1) for tokens in (q, k, v))
             return fused_attend(query, key, value, scale).squeeze(1)
         return _Chunked.apply(q, k, v, scale)  # type: ignore[no-any-return]
-
-
-def _is_fused_here(q: Tensor) -> bool:
-    """Whether fused attention is :class:`_Fused`."""
-    low = q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    return low and not torch.compiler.is_compiling()
-
-
-def adds_up(x: Tensor, num_queries: int, num_keys: int) -> bool:
-    """Whether fused attention of ``x`` has a backward that adds up chunks: faster channels first."""
-    if not (torch.is_grad_enabled() and _is_fused_here(x)):
-        return False
-    return num_queries * num_keys * x.itemsize > CHUNK_BYTES
 
 
 def _widened(tokens: Tensor, size: int) -> Tensor:
@@ -88,9 +77,18 @@ def fused_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Returns:
         (B, heads, N, V).
     """
+    if _takes_own_function(q, k):
+        return _Fused.apply(q, k, v, scale)  # type: ignore[no-any-return]
     query, key, value = _fusable(q), _fusable(k), _fusable(v)
     y = F.scaled_dot_product_attention(query, key, value, scale=scale)
     return y if value.shape[3] == v.shape[3] else y[..., : v.shape[3]]
+
+
+def _takes_own_function(q: Tensor, k: Tensor) -> bool:
+    if torch.compiler.is_compiling() or is_recorded():
+        return False
+    # torch's kernel divides by zero where there is nothing.
+    return q.device.type == "cpu" and q.numel() > 0 and k.numel() > 0
 
 
 def _fusable(tokens: Tensor) -> Tensor:
@@ -217,37 +215,70 @@ class _Chunked(torch.autograd.Function):
 
 
 class _Fused(torch.autograd.Function):
-    """torch's fused attention in bfloat16 on a CPU, with a backward over chunks of queries.
+    """torch's fused attention on a CPU, with a gradient that can be differentiated again.
 
-    Backward forms the logits again by a bfloat16 product, which is as exact as a float32 one where
-    they are near 0: a value near those that weigh in a row is subtracted in the accumulator. The
-    logarithm of the row's sum of exponentials, which the forward gives, tells it.
+    In bfloat16 backward goes over chunks of queries. It forms the logits again by a bfloat16 product,
+    which is as exact as a float32 one where they are near 0: a value near those that weigh in a row
+    is subtracted in the accumulator. The logarithm of the row's sum of exponentials, which the
+    forward gives, tells it. Elsewhere, and for one small map, backward is torch's own.
     """
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        size = max(k.shape[2], v.shape[2])
-        query, key, value = (_fusable(_widened(t, size).unsqueeze(1)) for t in (q, k, v))
-        y, total = _fused_forward(query, key, value, scale=scale)
-        ctx.save_for_backward(q, k, v, total)
+        y, total = _fused_forward(*_fusable_together(q, k, v), scale=scale)
+        ctx.chunked = q.dtype == torch.bfloat16 and (
+            q.shape[:2].numel() > 1 or q.shape[2] > ONE_SMALL_MAP
+        )
+        ctx.save_for_backward(q, k, v, total, *([] if ctx.chunked else [y]))
         ctx.scale = scale
-        return y.squeeze(1)[..., : v.shape[2]]  # type: ignore[no-any-return]
+        return y if y.shape[3] == v.shape[3] else y[..., : v.shape[3]]  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        q, k, v, total = ctx.saved_tensors
-        scale = ctx.scale
+        q, k, v, total, *kept = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_plain_gradients(q, k, v, scale, dy), None
-        shift = _weighty_logit(q, k, scale, total.reshape(q.shape[0], q.shape[1], 1)).neg_()
-        logits = _Workspace(q, q.dtype, "logits")
+            return *_plain_gradients(q, k, v, ctx.scale, dy), None
+        if ctx.chunked:
+            parts = [t.flatten(0, 1) for t in (q, k, v, total.unsqueeze(3), dy)]
+            found = _fused_gradients(parts[0], parts[1], parts[2], parts[3], parts[4], ctx.scale)
+            return *(g.view(t.shape) for g, t in zip(found, (q, k, v), strict=True)), None
+        operands = _fusable_together(q, k, v)
+        grad = _fusable(_widened(dy, kept[0].shape[3]))
+        found = _fused_backward(grad, *operands, kept[0], total, 0.0, False, scale=ctx.scale)
+        return *(g[..., : t.shape[3]] for g, t in zip(found, (q, k, v), strict=True)), None
 
-        def weights(index: int, b: slice, i: slice) -> Tensor:
-            out = logits.take(*shift[b, i].shape[:2], k.shape[1])
-            torch.baddbmm(shift[b, i], q[b, i], k[b].transpose(1, 2), alpha=scale, out=out)
-            return torch.softmax(out, dim=-1, out=out)
 
-        return *_gradients(q, k, v, scale, dy, weights), None
+def _fusable_together(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    size = max(k.shape[3], v.shape[3])
+    return [_fusable(_widened(t, size)) for t in (q, k, v)]
+
+
+def _fused_gradients(
+    q: Tensor, k: Tensor, v: Tensor, total: Tensor, dy: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    """The gradients of bfloat16 queries, keys and values over chunks of queries.
+
+    Args:
+        q: (B, N, C') queries.
+        k: (B, M, C') keys.
+        v: (B, M, V) values.
+        total: (B, N, 1) logarithm of each row's sum of exponentials, float32.
+        dy: (B, N, V) gradient.
+        scale: The factor on the logits.
+    """
+    inputs = q, k, v
+    shift = _weighty_logit(q, k, scale, total).neg_()
+    logits = _Workspace(q, q.dtype, "logits")
+    if _adds_up(q, k):
+        q, k, v, dy = q.contiguous(), _across(k), _across(v), dy.contiguous()
+
+    def weights(index: int, b: slice, i: slice) -> Tensor:
+        out = logits.take(*shift[b, i].shape[:2], k.shape[1])
+        torch.baddbmm(shift[b, i], q[b, i], k[b].transpose(1, 2), alpha=scale, out=out)
+        return torch.softmax(out, dim=-1, out=out)
+
+    gradients = _gradients(q, k, v, scale, dy, weights)
+    return tuple(_like(g, t) for g, t in zip(gradients, inputs, strict=True))
 
 
 def _weighty_logit(q: Tensor, k: Tensor, scale: float, total: Tensor) -> Tensor:
@@ -272,7 +303,8 @@ def _softmax(q: Tensor, k: Tensor, scale: float, workspace: _Workspace | None) -
 
 
 def _plain_gradients(q: Tensor, k: Tensor, v: Tensor, scale: float, dy: Tensor) -> tuple[Any, ...]:
-    y = apply_map(softmax_map(q, k, scale), v)
+    queries, keys, values = (t.flatten(0, -3) for t in (q, k, v))
+    y = apply_map(softmax_map(queries, keys, scale), values).view(dy.shape)
     return differentiable_gradients(y, (q, k, v), dy)
 
 
@@ -293,25 +325,48 @@ def _gradients(
         scale: The factor on the logits.
         dy: (B, N, V) gradient.
         weights: Gives the softmax rows of a chunk by its number, batch items and queries.
+
+    Returns:
+        The three; sums over chunks in the accumulator's dtype.
     """
-    pieces = list(chunks(q.shape[0], q.shape[1], k.shape[1], q.itemsize))
     dq = empty_as(q, q.shape[1])
-    if all(i.stop - i.start == q.shape[1] for _, i in pieces):
-        dk, dv = (empty_as(t, t.shape[1]) for t in (k, v))
-        gather = _set_product
-    else:
+    queries, grads = q, dy
+    if _adds_up(q, k):
+        low = q.dtype != accumulator(q.dtype)
+        queries, grads = (_across(t) if low else t for t in (q, dy))
         dk, dv = (torch.zeros_like(t, dtype=accumulator(t.dtype)) for t in (k, v))
         gather = _add_product
+    else:
+        dk, dv = (empty_as(t, t.shape[1]) for t in (k, v))
+        gather = _set_product
     workspace = _Workspace(q, q.dtype, "gradients")
+    pieces = chunks(q.shape[0], q.shape[1], k.shape[1], q.itemsize)
     for index, (b, i) in enumerate(pieces):
-        p, grad = weights(index, b, i), dy[b, i]
-        gather(dv[b], p, grad, 1.0)
+        p = weights(index, b, i)
+        gather(dv[b], p.transpose(1, 2), grads[b, i], 1.0)
         dp = workspace.take(*p.shape)
-        torch.bmm(grad, v[b].transpose(1, 2), out=dp)
+        torch.bmm(dy[b, i], v[b].transpose(1, 2), out=dp)
         ds = _softmax_backward(dp, p, -1, q.dtype, grad_input=dp)
-        dq[b, i] = apply_map(ds, k[b]).mul_(scale)
-        gather(dk[b], ds, q[b, i], scale)
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+        _set_product(dq[b, i], ds, k[b], scale)
+        gather(dk[b], ds.transpose(1, 2), queries[b, i], scale)
+    return dq, dk, dv
+
+
+def _adds_up(q: Tensor, k: Tensor) -> bool:
+    """Whether the gradients of keys and values are sums over chunks."""
+    pieces = chunks(q.shape[0], q.shape[1], k.shape[1], q.itemsize)
+    return any(i.stop < q.shape[1] for _, i in pieces)
+
+
+def _across(tokens: Tensor) -> Tensor:
+    """(B, N, C) in memory as (B, C, N).
+
+    So torch's CPU products of bfloat16 take half the time where N is large and they sum over it, or
+    C is 512 and they sum over that.
+    """
+    if tokens.stride(1) == 1:
+        return tokens.transpose(1, 2).contiguous().transpose(1, 2)
+    return transposed(tokens.contiguous()).transpose(1, 2)
 
 
 def empty_as(tokens: Tensor, count: int) -> Tensor:
@@ -322,8 +377,16 @@ def empty_as(tokens: Tensor, count: int) -> Tensor:
     return tokens.new_empty(batch, count, channels)
 
 
+def _like(values: Tensor, tokens: Tensor) -> Tensor:
+    """(B, N, C) values in the dtype of ``tokens`` and in memory as they lie."""
+    values = values.to(tokens.dtype)
+    if values.stride(1) == 1 and tokens.stride(1) != 1:
+        return transposed(values.transpose(1, 2))
+    return values
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
-    """Add factor · aᵀb to ``total``, in the precision and memory order of ``total``."""
+    """Add factor · a b to ``total``, in the precision and memory order of ``total``."""
     total, first, second = _in_order(total, a, b)
     if total.dtype == a.dtype:
         total.baddbmm_(first, second, alpha=factor)
@@ -332,7 +395,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
 
 
 def _set_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
-    """Set ``total`` to factor · aᵀb."""
+    """Set ``total`` to factor · a b."""
     total, first, second = _in_order(total, a, b)
     torch.bmm(first, second, out=total)
     if factor != 1.0:
@@ -340,7 +403,7 @@ def _set_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
 
 
 def _in_order(total: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``total``, aᵀ and b, or ``total``ᵀ, bᵀ and a: as ``total`` lies in memory."""
+    """``total``, a and b, or ``total``ᵀ, bᵀ and aᵀ: as ``total`` lies in memory."""
     if total.stride(1) == 1:
-        return total.transpose(1, 2), b.transpose(1, 2), a
-    return total, a.transpose(1, 2), b
+        return total.transpose(1, 2), b.transpose(1, 2), a.transpose(1, 2)
+    return total, a, b

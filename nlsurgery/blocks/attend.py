@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from nlsurgery.blocks.affinity_concat import concatenation_attend
 from nlsurgery.blocks.affinity_dot import dot_product_attend
-from nlsurgery.blocks.affinity_softmax import adds_up, softmax_attend
+from nlsurgery.blocks.affinity_softmax import softmax_attend
 from nlsurgery.blocks.choose import choose_implementation
-from nlsurgery.blocks.geometry import CHANNELS_LAST, to_map, to_tokens
+from nlsurgery.blocks.geometry import to_map, to_tokens
+from nlsurgery.blocks.memory_format import to_channels_last
 from nlsurgery.blocks.residual import convolve, is_plain
 
 
@@ -41,22 +42,18 @@ def laid_out(
         ``x`` itself, or a channels-last copy where tokens must be contiguous.
     """
     form = implementation
-    num_queries, key_count = math.prod(x.shape[2:]), num_keys(x.shape[2:], keys)
     if form == "auto":
         form = choose_implementation(
             mode,
-            num_queries=num_queries,
-            num_keys=key_count,
+            num_queries=math.prod(x.shape[2:]),
+            num_keys=num_keys(x.shape[2:], keys),
             head_size=sizes[0],
             value_size=sizes[1],
+            batch=x.shape[0],
             dtype=x.dtype,
             device_type=x.device.type,
         )
-    if form == "fused" and adds_up(x, num_queries, key_count):
-        return x
-    if form in ("fused", "sorted") and x.dim() in CHANNELS_LAST:
-        return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
-    return x
+    return to_channels_last(x) if form in ("fused", "sorted") else x
 
 
 @torch.fx.wrap
@@ -83,6 +80,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, implementat
             num_keys=keys.shape[1],
             head_size=queries.shape[2],
             value_size=values.shape[2],
+            batch=values.shape[0],
             dtype=v.dtype,
             device_type=v.device.type,
         )

@@ -2,7 +2,8 @@
 
 Every form gives the same numbers up to rounding. The thresholds are where the measured times of
 ``benchmarks/results/operators_cpu.md`` cross, bounded by memory: an N×M tensor is only ever kept
-where it is smaller than the block's own projections, or has at most :data:`SMALL_MAP` keys.
+where it is smaller than the block's own projections, or small (:data:`SMALL_MAP`,
+:data:`SMALL_MAPS`).
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ _FORMS = {
     "concatenation": ("explicit", "sorted"),
 }
 #: Up to so many keys, chunks of many rows are as fast as torch's fused attention on a CPU in float32,
-#: and faster in backward.
+#: and faster in backward, unless heads have at most :data:`FUSED_CHANNELS`.
 CHUNKED_KEYS = 8192
+FUSED_CHANNELS = 128
+#: A float32 map of so many values in all (1 MB) is formed by plain operations on a CPU.
+SMALL_MAPS = 1 << 18
 #: Up to so many keys, a bfloat16 map on a CPU is formed by plain operations.
 SMALL_MAP = 128
 #: What a graph is made with: a choice by size would fix the sizes of a dynamic one.
@@ -58,6 +62,7 @@ def choose_implementation(
     num_keys: int,
     head_size: int,
     value_size: int,
+    batch: int = 1,
     dtype: torch.dtype = torch.float32,
     device_type: str = "cpu",
 ) -> str:
@@ -69,6 +74,7 @@ def choose_implementation(
         num_keys: M.
         head_size: Channels of queries and keys.
         value_size: Channels of values.
+        batch: B.
         dtype: Of the projections.
         device_type: ``cpu``, ``cuda``, …
 
@@ -87,19 +93,15 @@ def choose_implementation(
         pays = num_queries * num_keys > crossover * (num_queries + num_keys)
         return "sorted" if pays else "explicit"
     if device_type == "cpu":
-        return _softmax_on_cpu(num_keys, head_size, value_size, dtype)
+        if dtype == torch.bfloat16:
+            # The others form float32 logits by float32 products, which only small maps do not notice.
+            return "explicit" if num_keys <= SMALL_MAP else "fused"
+        if fits(num_keys, value_size) or batch * num_queries * num_keys <= SMALL_MAPS:
+            return "explicit"
+        # torch's fused attention falls back to an N×M tensor where the two sizes differ.
+        fast = head_size <= FUSED_CHANNELS or num_keys > CHUNKED_KEYS
+        return "fused" if head_size == value_size and fast else "chunked"
     if torch.are_deterministic_algorithms_enabled():
         # The backward of memory-efficient attention adds atomically.
         return "explicit" if num_keys <= value_size else "chunked"
     return "fused"
-
-
-def _softmax_on_cpu(num_keys: int, head_size: int, value_size: int, dtype: torch.dtype) -> str:
-    if dtype == torch.bfloat16:
-        # The others form float32 logits by float32 products, which only small maps do not notice.
-        return "explicit" if num_keys <= SMALL_MAP else "fused"
-    if fits(num_keys, value_size):
-        return "explicit"
-    # torch's fused attention falls back to an N×M tensor where the two sizes differ.
-    same = head_size == value_size
-    return "fused" if same and num_keys > CHUNKED_KEYS else "chunked"

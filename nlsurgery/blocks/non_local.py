@@ -205,6 +205,7 @@ class NonLocal(nn.Module):
             num_keys=num_keys(shape[2:], self.sub_sample),
             head_size=head_size,
             value_size=value_size,
+            batch=shape[0],
             dtype=dtype,
             device_type=device,
         )

@@ -16,14 +16,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nlsurgery.blocks.geometry import CHANNELS_LAST, is_recorded
+from nlsurgery.blocks.memory_format import to_format_of
 from nlsurgery.blocks.norms import BatchNorm
 
 #: Below so many values, batch normalisation takes less time than folding it.
 FOLDED_VALUES = 1 << 17
 #: Below so many values, a gradient's layout does not matter.
 DENSE_VALUES = 1 << 14
-#: Below so many positions, weights take longer to join than inputs to read.
+#: Below so many positions, weights take longer to join than inputs to read; fewer in bfloat16, where
+#: torch's CPU convolutions take long to begin.
 MANY_POSITIONS = 1024
+MANY_POSITIONS_BFLOAT16 = 128
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUNCTIONS = {3: F.conv1d, 4: F.conv2d}
 
@@ -87,7 +90,8 @@ def _joins(x: Tensor, projections: Sequence[nn.Module]) -> bool:
     if torch.compiler.is_compiling() or is_recorded():
         return False
     apart = x.dtype == torch.float32 and x.shape[0] > 1 and x.is_contiguous()
-    if apart or x.numel() < MANY_POSITIONS * x.shape[1]:
+    many = MANY_POSITIONS_BFLOAT16 if x.dtype == torch.bfloat16 else MANY_POSITIONS
+    if apart or x.numel() < many * x.shape[1]:
         return False
     return (
         all(is_plain(projection) for projection in projections)
@@ -139,7 +143,8 @@ def add_branch(x: Tensor, z: Tensor) -> Tensor:
     Returns:
         A new tensor like ``x``; equal to ``x`` to the last bit where ``z`` is 0.
     """
-    return _like(torch.add(x, z if z.dtype == x.dtype else z.to(x.dtype)), x)
+    z = to_format_of(z if z.dtype == x.dtype else z.to(x.dtype), x)
+    return _like(torch.add(x, z), x)
 
 
 @torch.fx.wrap

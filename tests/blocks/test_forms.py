@@ -250,6 +250,10 @@ def test_a_form_that_the_mode_lacks_is_an_error(mode, form):
         ("embedded_gaussian", 196, 512, 512, "explicit"),
         ("embedded_gaussian", 4096, 256, 256, "chunked"),
         ("embedded_gaussian", 4096, 512, 512, "chunked"),
+        ("embedded_gaussian", 9000, 512, 512, "fused"),
+        ("embedded_gaussian", 784, 64, 64, "fused"),
+        ("embedded_gaussian", 784, 64, 32, "chunked"),
+        ("embedded_gaussian", 400, 64, 64, "explicit"),
         ("embedded_gaussian", 4096, 32, 256, "chunked"),
         ("gaussian", 4096, 512, 256, "chunked"),
         ("dot_product", 49, 512, 512, "explicit"),
@@ -262,6 +266,14 @@ def test_the_choice_on_cpu_in_float32(mode, num_keys, head_size, value_size, exp
     sizes = {"num_queries": num_keys, "num_keys": num_keys}
     sizes |= {"head_size": head_size, "value_size": value_size}
     assert choose_implementation(mode, **sizes) == expected
+
+
+def test_a_batch_of_maps_is_not_a_small_map():
+    sizes = {"num_queries": 400, "num_keys": 400, "head_size": 64, "value_size": 64}
+    assert choose_implementation("embedded_gaussian", batch=8, **sizes) == "fused"
+    block = NonLocal(128)
+    assert block.chosen_implementation((1, 128, 20, 20)) == "explicit"
+    assert block.chosen_implementation((8, 128, 20, 20)) == "fused"
 
 
 @pytest.mark.parametrize("head_size", [64, 512])
@@ -308,7 +320,7 @@ def test_hooks_on_projections_run(mode, child):
     assert calls
 
 
-@pytest.mark.parametrize(("mode", "form"), [pair for pair in FAST if pair[1] != "fused"])
+@pytest.mark.parametrize(("mode", "form"), FAST)
 def test_gradients_can_be_differentiated_again(mode, form):
     torch.manual_seed(0)
     block = randomised(NonLocal(4, 3, mode=mode, implementation=form, norm="none").double())

@@ -16,6 +16,7 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 @pytest.fixture(autouse=True)
 def _small_maps_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residual, "MANY_POSITIONS", 1)
+    monkeypatch.setattr(residual, "MANY_POSITIONS_BFLOAT16", 1)
 
 
 def layers(dims: int, biases: tuple[bool, ...] = (True, True, True)) -> list[nn.Module]:
@@ -61,13 +62,15 @@ def test_together_as_one_by_one(dims: int, batch: int, last: bool) -> None:
 
 def test_one_convolution_reads_the_input_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert count_of_convolutions(torch.randn(1, 8, 5, 5), layers(2)) == 1
-    assert (
-        count_of_convolutions(torch.randn(2, 8, 5, 5).bfloat16(), [m.bfloat16() for m in layers(2)])
-        == 1
-    )
-    assert count_of_convolutions(torch.randn(2, 8, 5, 5), layers(2)) == 3
+    half = [m.bfloat16() for m in layers(2)]
+    x = torch.randn(2, 8, 5, 5)
+    assert count_of_convolutions(x.bfloat16(), half) == 1
+    assert count_of_convolutions(x, layers(2)) == 3
     monkeypatch.setattr(residual, "MANY_POSITIONS", 26)
-    assert count_of_convolutions(torch.randn(1, 8, 5, 5), layers(2)) == 3
+    assert count_of_convolutions(x[:1], layers(2)) == 3
+    assert count_of_convolutions(x.bfloat16(), half) == 1
+    monkeypatch.setattr(residual, "MANY_POSITIONS_BFLOAT16", 51)
+    assert count_of_convolutions(x.bfloat16(), half) == 3
 
 
 @pytest.mark.parametrize("change", ["hook", "mixed-biases", "kernel", "subclass"])
@@ -88,11 +91,16 @@ def test_projections_that_are_not_plain_are_called(change: str) -> None:
 
 
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
-def test_the_norm_gets_a_gradient_that_lies_as_its_input_does(last: bool) -> None:
-    block = NonLocal(8, zero_init=False)
+@pytest.mark.parametrize("form", ["fused", "chunked"])
+@pytest.mark.parametrize("channels", [8, 32])
+def test_the_norm_gets_a_gradient_that_lies_as_its_input_does(
+    last: bool, form: str, channels: int
+) -> None:
+    block = NonLocal(channels, zero_init=False, implementation=form)
     order = torch.channels_last if last else torch.contiguous_format
-    x = torch.randn(2, 8, 32, 33).to(memory_format=order)
+    x = torch.randn(2, channels, 32, 33).to(memory_format=order)
     seen: list[Tensor] = []
+    block.bn.register_forward_pre_hook(lambda _module, inputs: seen.extend(inputs))
     block.bn.register_full_backward_hook(lambda _module, _inputs, outputs: seen.extend(outputs))
     block(x).sum().backward()
-    assert seen[0].stride() == x.stride()
+    assert seen[0].stride() == seen[1].stride()

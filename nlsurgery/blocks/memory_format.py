@@ -1,0 +1,89 @@
+"""Between channels first and channels last in memory, forward and backward, by what a CPU copies fast."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nlsurgery.blocks.geometry import CHANNELS_LAST, is_recorded, to_map
+
+#: Rows of so many bytes or fewer share sets of a cache where their number is a multiple of 64 values.
+_SHORT_ROW = 512
+#: Below so many values, two more autograd functions take longer than they save.
+MANY_VALUES = 1 << 16
+
+
+def transposed(x: Tensor) -> Tensor:
+    """(B, R, S) to (B, S, R), both contiguous.
+
+    torch copies one matrix in blocks, a batch of them value by value: that reads a column at a time,
+    which takes up to 8 times as long where its step falls on the same sets of the cache.
+    """
+    batch, rows, columns = x.shape
+    aliased = columns % (64 if columns <= _SHORT_ROW else 128) == 0
+    if not (aliased and x.device.type == "cpu" and rows * columns >= MANY_VALUES >> 4):
+        return x.transpose(1, 2).contiguous()
+    out = x.new_empty(batch, columns, rows)
+    for made, matrix in zip(out, x, strict=True):
+        made.copy_(matrix.t())
+    return out
+
+
+def to_channels_last(x: Tensor) -> Tensor:
+    """(B, C, *spatial) with channels last in memory; its gradient comes back channels first.
+
+    Maps of 2 or 3 spatial dimensions; others are returned as they are.
+    """
+    if x.dim() not in CHANNELS_LAST:
+        return x
+    if _is_worth_it(x) and x.is_contiguous():
+        return _Transposed.apply(x, True)  # type: ignore[no-any-return]
+    return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
+
+
+def to_format_of(z: Tensor, x: Tensor) -> Tensor:
+    """``z`` channels first where ``x`` is so and ``z`` has channels last; its gradient the other way.
+
+    torch adds two maps that lie differently value by value, in up to 8 times the time.
+
+    Args:
+        z: (B, C, *spatial).
+        x: The same shape.
+    """
+    if z.dim() not in CHANNELS_LAST or not _is_worth_it(z) or not x.is_contiguous():
+        return z
+    last = CHANNELS_LAST[z.dim()]
+    if z.is_contiguous() or not z.is_contiguous(memory_format=last):
+        return z
+    return _Transposed.apply(z, False)  # type: ignore[no-any-return]
+
+
+def _is_worth_it(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or is_recorded():
+        return False
+    return x.device.type == "cpu" and x.numel() >= MANY_VALUES
+
+
+def _convert(x: Tensor, last: bool) -> Tensor:
+    spatial = x.shape[2:]
+    if last:
+        return to_map(transposed(x.contiguous().flatten(2)), spatial)
+    tokens = x.contiguous(memory_format=CHANNELS_LAST[x.dim()]).movedim(1, -1)
+    rows = tokens.reshape(x.shape[0], math.prod(spatial), x.shape[1])
+    return transposed(rows).reshape(x.shape)
+
+
+class _Transposed(torch.autograd.Function):
+    """A map in the other of the two formats."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, last: bool) -> Tensor:
+        ctx.last = last
+        return _convert(x, last)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        return _Transposed.apply(dy, not ctx.last), None
