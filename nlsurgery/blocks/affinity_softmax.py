@@ -79,6 +79,8 @@ def fused_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """
     if _takes_own_function(q, k):
         return _Fused.apply(q, k, v, scale)  # type: ignore[no-any-return]
+    if _takes_own_operator(q):
+        return _operator(q, k, v, scale)[0]  # type: ignore[no-any-return]
     query, key, value = _fusable(q), _fusable(k), _fusable(v)
     y = F.scaled_dot_product_attention(query, key, value, scale=scale)
     return y if value.shape[3] == v.shape[3] else y[..., : v.shape[3]]
@@ -89,6 +91,13 @@ def _takes_own_function(q: Tensor, k: Tensor) -> bool:
         return False
     # torch's kernel divides by zero where there is nothing.
     return q.device.type == "cpu" and q.numel() > 0 and k.numel() > 0
+
+
+def _takes_own_operator(q: Tensor) -> bool:
+    """Whether a compiled graph gets the backward of :class:`_Fused`, as one operator."""
+    exporting = is_recorded() or getattr(torch.compiler, "is_exporting", bool)()
+    low = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    return low and torch.compiler.is_compiling() and torch.is_grad_enabled() and not exporting
 
 
 def _fusable(tokens: Tensor) -> Tensor:
@@ -246,6 +255,50 @@ class _Fused(torch.autograd.Function):
         grad = _fusable(_widened(dy, kept[0].shape[3]))
         found = _fused_backward(grad, *operands, kept[0], total, 0.0, False, scale=ctx.scale)
         return *(g[..., : t.shape[3]] for g, t in zip(found, (q, k, v), strict=True)), None
+
+
+@torch.library.custom_op("nlsurgery::fused_attention", mutates_args=())
+def _operator(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The forward of :class:`_Fused` as one operator of a compiled graph: (B, heads, N, V), (B, heads, N)."""
+    y, total = _fused_forward(*_fusable_together(q, k, v), scale=scale)
+    return y[..., : v.shape[3]].contiguous(), total.contiguous()
+
+
+@_operator.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    shape = q.shape[:3]
+    return v.new_empty(*shape, v.shape[3]), q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("nlsurgery::fused_attention_backward", mutates_args=())
+def _operator_backward(
+    q: Tensor, k: Tensor, v: Tensor, total: Tensor, dy: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward of :class:`_Fused` likewise."""
+    parts = [t.flatten(0, 1) for t in (q, k, v, total.unsqueeze(3), dy)]
+    found = _fused_gradients(parts[0], parts[1], parts[2], parts[3], parts[4], scale)
+    dq, dk, dv = (g.contiguous().view(t.shape) for g, t in zip(found, (q, k, v), strict=True))
+    return dq, dk, dv
+
+
+@_operator_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, total: Tensor, dy: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    return dq, dk, dv
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, output[1])
+
+
+def _operator_gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
+    return *_operator_backward(*ctx.saved_tensors, dy, ctx.scale), None
+
+
+_operator.register_autograd(_operator_gradients, setup_context=_keep)
 
 
 def _fusable_together(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
