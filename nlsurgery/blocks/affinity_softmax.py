@@ -31,6 +31,8 @@ _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 #: Bytes of logits that one chunk may take: they should stay in the last-level cache.
 CHUNK_BYTES = 16 << 20
+#: Values of a lower precision that are added to a sum at a time.
+ADDED_VALUES = 1 << 20
 #: Queries of a single map up to which torch's own backward is faster in bfloat16.
 ONE_SMALL_MAP = 256
 #: What rows of fused attention begin on a multiple of, by device; on others 8, 16 bytes of half precision.
@@ -319,19 +321,27 @@ def _fused_gradients(
         dy: (B, N, V) gradient.
         scale: The factor on the logits.
     """
-    inputs = q, k, v
     shift = _weighty_logit(q, k, scale, total).neg_()
-    logits = _Workspace(q, q.dtype, "logits")
+    operands = q, k, v, dy
     if _adds_up(q, k):
-        q, k, v, dy = q.contiguous(), _across(k), _across(v), dy.contiguous()
+        operands = _along(q), _across(k), _across(v), _along(dy)
+    found = list(_gradients_about(shift, *operands, scale))
+    del operands
+    # Sums are freed one by one: on a large map they are as large as all else together.
+    return tuple(_like(found.pop(0), t) for t in (q, k, v))
+
+
+def _gradients_about(
+    shift: Tensor, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    logits = _Workspace(q, q.dtype, "logits")
 
     def weights(index: int, b: slice, i: slice) -> Tensor:
         out = logits.take(*shift[b, i].shape[:2], k.shape[1])
         torch.baddbmm(shift[b, i], q[b, i], k[b].transpose(1, 2), alpha=scale, out=out)
         return torch.softmax(out, dim=-1, out=out)
 
-    gradients = _gradients(q, k, v, scale, dy, weights)
-    return tuple(_like(g, t) for g, t in zip(gradients, inputs, strict=True))
+    return _gradients(q, k, v, scale, dy, weights)
 
 
 def _weighty_logit(q: Tensor, k: Tensor, scale: float, total: Tensor) -> Tensor:
@@ -383,10 +393,10 @@ def _gradients(
         The three; sums over chunks in the accumulator's dtype.
     """
     dq = empty_as(q, q.shape[1])
-    queries, grads = q, dy
+    gathered: Callable[[Tensor], Tensor] = _itself
     if _adds_up(q, k):
-        low = q.dtype != accumulator(q.dtype)
-        queries, grads = (_across(t) if low else t for t in (q, dy))
+        if q.dtype != accumulator(q.dtype):
+            gathered = _across
         dk, dv = (torch.zeros_like(t, dtype=accumulator(t.dtype)) for t in (k, v))
         gather = _add_product
     else:
@@ -396,12 +406,12 @@ def _gradients(
     pieces = chunks(q.shape[0], q.shape[1], k.shape[1], q.itemsize)
     for index, (b, i) in enumerate(pieces):
         p = weights(index, b, i)
-        gather(dv[b], p.transpose(1, 2), grads[b, i], 1.0)
+        gather(dv[b], p.transpose(1, 2), gathered(dy[b, i]), 1.0)
         dp = workspace.take(*p.shape)
         torch.bmm(dy[b, i], v[b].transpose(1, 2), out=dp)
         ds = _softmax_backward(dp, p, -1, q.dtype, grad_input=dp)
         _set_product(dq[b, i], ds, k[b], scale)
-        gather(dk[b], ds.transpose(1, 2), queries[b, i], scale)
+        gather(dk[b], ds.transpose(1, 2), gathered(q[b, i]), scale)
     return dq, dk, dv
 
 
@@ -409,6 +419,15 @@ def _adds_up(q: Tensor, k: Tensor) -> bool:
     """Whether the gradients of keys and values are sums over chunks."""
     pieces = chunks(q.shape[0], q.shape[1], k.shape[1], q.itemsize)
     return any(i.stop < q.shape[1] for _, i in pieces)
+
+
+def _itself(tokens: Tensor) -> Tensor:
+    return tokens
+
+
+def _along(tokens: Tensor) -> Tensor:
+    """(B, N, C) with the channels of a token side by side."""
+    return tokens if tokens.stride(2) == 1 else tokens.contiguous()
 
 
 def _across(tokens: Tensor) -> Tensor:
@@ -443,8 +462,12 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
     total, first, second = _in_order(total, a, b)
     if total.dtype == a.dtype:
         total.baddbmm_(first, second, alpha=factor)
-    else:
-        total.add_(torch.bmm(first, second), alpha=factor)
+        return
+    summand = torch.bmm(first, second)
+    # torch casts a whole summand first: here a few rows.
+    rows = max(1, ADDED_VALUES * summand.shape[1] // max(1, summand.numel()))
+    for part, added in zip(*(torch.split(t, rows, 1) for t in (total, summand)), strict=True):
+        part.add_(added, alpha=factor)
 
 
 def _set_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
