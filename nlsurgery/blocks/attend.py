@@ -12,7 +12,7 @@ from nlsurgery.blocks.affinity_concat import concatenation_attend
 from nlsurgery.blocks.affinity_dot import dot_product_attend
 from nlsurgery.blocks.affinity_softmax import softmax_attend
 from nlsurgery.blocks.choose import choose_implementation
-from nlsurgery.blocks.geometry import to_map, to_tokens
+from nlsurgery.blocks.geometry import to_map, to_tokens, working_dtype
 from nlsurgery.blocks.memory_format import to_channels_last
 from nlsurgery.blocks.residual import convolve, is_plain
 
@@ -50,7 +50,7 @@ def laid_out(
             head_size=sizes[0],
             value_size=sizes[1],
             batch=x.shape[0],
-            dtype=x.dtype,
+            dtype=working_dtype(x),
             device_type=x.device.type,
         )
     return to_channels_last(x) if form in ("fused", "sorted") else x

@@ -103,6 +103,14 @@ def pool_keys(x: Tensor) -> Tensor:
     return F.max_pool3d(x, [1, *kernel[1:]])
 
 
+def working_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which convolutions of ``x`` compute: autocast's, else its own."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
 @torch.fx.wrap
 def to_tokens(x: Tensor) -> Tensor:
     """(B, C, *spatial) to (B, N, C), a view for contiguous and channels-last tensors."""
@@ -123,6 +131,6 @@ def to_map(tokens: Tensor, spatial: Sequence[int]) -> Tensor:
 def _is_channels_last(x: Tensor, channels: int) -> bool:
     # Flattening (1, C, H, W) in the other order loses the stride of the batch, and with it the
     # memory format by which torch chooses its convolutions, forward and backward.
-    if torch.compiler.is_compiling() or is_recorded():
+    if torch.compiler.is_compiling() or x.stride(channels) != 1:
         return False
-    return x.stride(channels) == 1
+    return not is_recorded()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nlsurgery.blocks.geometry import CHANNELS_LAST, is_recorded
+from nlsurgery.blocks.geometry import CHANNELS_LAST, is_recorded, working_dtype
 from nlsurgery.blocks.memory_format import to_format_of
 from nlsurgery.blocks.norms import BatchNorm
 
@@ -89,8 +89,9 @@ def _joins(x: Tensor, projections: Sequence[nn.Module]) -> bool:
     # A choice by size would fix the sizes of a traced graph: it is left out there.
     if torch.compiler.is_compiling() or is_recorded():
         return False
-    apart = x.dtype == torch.float32 and x.shape[0] > 1 and x.is_contiguous()
-    many = MANY_POSITIONS_BFLOAT16 if x.dtype == torch.bfloat16 else MANY_POSITIONS
+    dtype = working_dtype(x)
+    apart = dtype == torch.float32 and x.shape[0] > 1 and x.is_contiguous()
+    many = MANY_POSITIONS_BFLOAT16 if dtype == torch.bfloat16 else MANY_POSITIONS
     if apart or x.numel() < many * x.shape[1]:
         return False
     return (
