@@ -48,7 +48,9 @@ def page(rows: Sequence[Row], device: str, flags: str = "") -> str:
     ]
     if any("megabytes" in row for row in lines):
         parts += ["", "## Peak memory above the block and its input", ""]
-        parts += memory_table([row for row in lines if row.get("megabytes")], peers)
+        measured = [row for row in lines if row.get("megabytes")]
+        named = [name for name in peers if any(name in row["megabytes"] for row in measured)]
+        parts += memory_table(measured, named)
     if grown := [row for row in rows if "growth" in row]:
         parts += ["", "## Growth with N", "", "Slope of log time over log N, forward, C = 256.", ""]
         parts += ["| mode | N | slope | time for 4× N |", "|---|---|---|---|"]
@@ -103,7 +105,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
             places, values = [], []
             for row in lines:
                 others = [
-                    v for n, v in row["seconds"].items() if n != OURS and isinstance(v, float)
+                    seconds
+                    for name, seconds in row["seconds"].items()
+                    if not name.startswith(OURS) and isinstance(seconds, float)
                 ]
                 if row["mode"] == mode and (row["dtype"], row["pass"]) == kind and others:
                     places.append(shapes.index(row["shape"]) + offset / (len(kinds) + 1))
