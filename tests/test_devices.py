@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchvision.models import resnet18
 
 import nlsurgery
-from nlsurgery.blocks import NonLocal, SelfAttention, affinity_softmax
+from nlsurgery.blocks import NonLocal, SelfAttention, affinity_fused
 from nlsurgery.blocks.multi_head import MultiHeadNonLocal
 
 from .blocks.cases import MODES, randomised
@@ -123,18 +123,18 @@ def test_fused_attention_never_forms_the_pairwise_tensor(device, kind, channels,
 @pytest.mark.parametrize("shape", [(2, 1, 30, 5), (1, 3, 7, 12)], ids=str)
 def test_padded_channels_change_nothing(monkeypatch, shape):
     q, k, v = (torch.randn(shape, dtype=torch.float64) for _ in range(3))
-    plain = affinity_softmax.fused_attend(q, k, v[..., :4], 0.7)
-    monkeypatch.setitem(affinity_softmax.ALIGNED, "cpu", 8)
-    padded = affinity_softmax.fused_attend(q, k, v[..., :4], 0.7)
+    plain = affinity_fused.fused_attend(q, k, v[..., :4], 0.7)
+    monkeypatch.setitem(affinity_fused.ALIGNED, "cpu", 8)
+    padded = affinity_fused.fused_attend(q, k, v[..., :4], 0.7)
     assert padded.shape == plain.shape
     torch.testing.assert_close(padded, plain, rtol=1e-12, atol=1e-12)
-    taken = affinity_softmax._fusable(v.transpose(1, 2)[..., 1:])
+    taken = affinity_fused._fusable(v.transpose(1, 2)[..., 1:])
     assert taken.shape[3] % 8 == 0
     assert not any(place % 8 for place in (taken.storage_offset(), *taken.stride()[:3]))
 
 
 def test_a_plan_counts_no_padding():
-    assert affinity_softmax._fusable(torch.empty(1, 1, 5, 20, device="meta")).shape[3] == 20
+    assert affinity_fused._fusable(torch.empty(1, 1, 5, 20, device="meta")).shape[3] == 20
 
 
 def backbone(name: str) -> tuple[nn.Module, str | dict[str, object]]:

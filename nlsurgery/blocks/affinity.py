@@ -93,3 +93,18 @@ def apply_map(attention: Tensor, v: Tensor) -> Tensor:
         else:
             y = torch.bmm(attention, values)
         return y if y.dtype == v.dtype else y.to(v.dtype)
+
+
+def softmax_gradients(q: Tensor, k: Tensor, v: Tensor, scale: float, dy: Tensor) -> tuple[Any, ...]:
+    """The gradients of softmax attention, such that they can be differentiated again.
+
+    Args:
+        q: (…, N, C') queries.
+        k: (…, M, C') keys.
+        v: (…, M, V) values.
+        scale: The factor on the logits.
+        dy: (…, N, V) gradient.
+    """
+    queries, keys, values = (t.flatten(0, -3) for t in (q, k, v))
+    y = apply_map(softmax_map(queries, keys, scale), values).view(dy.shape)
+    return differentiable_gradients(y, (q, k, v), dy)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nlsurgery.blocks.affinity import logit_scale, softmax_map, without_autocast
-from nlsurgery.blocks.affinity_softmax import fused_attend
+from nlsurgery.blocks.affinity_fused import fused_attend
 from nlsurgery.blocks.base import ProjectedBlock
 from nlsurgery.blocks.geometry import (
     checked_input,

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nlsurgery.blocks import NonLocal, affinity_softmax
-from nlsurgery.blocks.affinity_softmax import _weighty_logit, softmax_attend
+from nlsurgery.blocks import NonLocal, affinity_chunks
+from nlsurgery.blocks.affinity_fused import _weighty_logit
+from nlsurgery.blocks.affinity_softmax import softmax_attend
 
 
 def tokens(batch: int = 2, count: int = 400, channels: int = 32) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +81,7 @@ def distance(y: Tensor, exact: Tensor) -> float:
 
 @pytest.fixture(params=[1 << 24, 1 << 16], ids=["one chunk", "chunks"])
 def _chunks(monkeypatch, request):
-    monkeypatch.setattr(affinity_softmax, "CHUNK_BYTES", request.param)
+    monkeypatch.setattr(affinity_chunks, "CHUNK_BYTES", request.param)
 
 
 @pytest.mark.usefixtures("_chunks")
@@ -203,7 +204,7 @@ def test_memory_that_a_thread_keeps_serves_every_mode_and_no_two_threads(form):
 
 @pytest.mark.parametrize("num_bytes", [1 << 24, 1 << 14], ids=["one chunk", "chunks"])
 def test_either_layout_trains_alike(monkeypatch, num_bytes):
-    monkeypatch.setattr(affinity_softmax, "CHUNK_BYTES", num_bytes)
+    monkeypatch.setattr(affinity_chunks, "CHUNK_BYTES", num_bytes)
     block = NonLocal(16, 8, implementation="fused", zero_init=False)
     half = NonLocal(16, 8, implementation="fused", zero_init=False).bfloat16()
     half.load_state_dict(block.state_dict())

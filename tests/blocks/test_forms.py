@@ -8,11 +8,12 @@ import warnings
 import pytest
 import torch
 
-from nlsurgery.blocks import NonLocal, SelfAttention, affinity_softmax, residual
+from nlsurgery.blocks import NonLocal, SelfAttention, affinity_chunks, residual
+from nlsurgery.blocks.affinity_chunks import chunks
 from nlsurgery.blocks.affinity_concat import _triangular_sums as triangular_sums
 from nlsurgery.blocks.affinity_concat import concatenation_attend, running_sums
 from nlsurgery.blocks.affinity_dot import dot_product_attend
-from nlsurgery.blocks.affinity_softmax import chunks, softmax_attend
+from nlsurgery.blocks.affinity_softmax import softmax_attend
 from nlsurgery.blocks.choose import choose_implementation
 from nlsurgery.errors import BlockError
 
@@ -32,7 +33,7 @@ FAST = [pair for pair in PAIRS if pair[1] != "explicit"]
 @pytest.fixture
 def tiny_chunks(monkeypatch):
     """Chunks of a few rows, so that small inputs are cut."""
-    monkeypatch.setattr(affinity_softmax, "CHUNK_BYTES", 4 * 70 * 64)
+    monkeypatch.setattr(affinity_chunks, "CHUNK_BYTES", 4 * 70 * 64)
 
 
 @pytest.mark.usefixtures("tiny_chunks")
@@ -108,7 +109,7 @@ def test_running_sums_by_either_way(length):
 @pytest.mark.parametrize("num_bytes", [1, 4 * 64 * 10, 1 << 20])
 @pytest.mark.parametrize(("batch", "num_queries", "num_keys"), [(3, 150, 10), (8, 7, 7), (0, 4, 4)])
 def test_chunks_cover_every_row_once(monkeypatch, num_bytes, batch, num_queries, num_keys):
-    monkeypatch.setattr(affinity_softmax, "CHUNK_BYTES", num_bytes)
+    monkeypatch.setattr(affinity_chunks, "CHUNK_BYTES", num_bytes)
     seen = torch.zeros(batch, num_queries, dtype=torch.int)
     for piece in chunks(batch, num_queries, num_keys):
         seen[piece] += 1

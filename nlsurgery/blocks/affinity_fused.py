@@ -1,0 +1,223 @@
+"""Softmax attention by torch's fused attention, with gradients that can be differentiated again.
+
+Logits of half inputs are formed in float32: rounded to bfloat16, one of 20 is off by 0.06.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nlsurgery.blocks.affinity import softmax_gradients
+from nlsurgery.blocks.affinity_chunks import (
+    Workspace,
+    across,
+    adds_up,
+    along,
+    gradients_over_chunks,
+    like,
+)
+from nlsurgery.blocks.geometry import is_recorded
+
+_fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+#: Queries of a single map up to which torch's own backward is faster in bfloat16.
+ONE_SMALL_MAP = 256
+#: What rows of fused attention begin on a multiple of, by device; on others 8, 16 bytes of half precision.
+ALIGNED = {"cpu": 1, "meta": 1}
+
+
+def fused_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Σ_j softmax_j(scale · q_i · k_j) v_j by torch's fused attention, without autocast.
+
+    Args:
+        q: (B, heads, N, C') queries.
+        k: (B, heads, M, C') keys.
+        v: (B, heads, M, V) values.
+        scale: The factor on the logits.
+
+    Returns:
+        (B, heads, N, V).
+    """
+    if _takes_own_function(q, k):
+        return _Fused.apply(q, k, v, scale)  # type: ignore[no-any-return]
+    if _takes_own_operator(q):
+        return _operator(q, k, v, scale)[0]  # type: ignore[no-any-return]
+    query, key, value = _fusable(q), _fusable(k), _fusable(v)
+    y = F.scaled_dot_product_attention(query, key, value, scale=scale)
+    return y if value.shape[3] == v.shape[3] else y[..., : v.shape[3]]
+
+
+def _takes_own_function(q: Tensor, k: Tensor) -> bool:
+    if torch.compiler.is_compiling() or is_recorded():
+        return False
+    # torch's kernel divides by zero where there is nothing.
+    return q.device.type == "cpu" and q.numel() > 0 and k.numel() > 0
+
+
+def _takes_own_operator(q: Tensor) -> bool:
+    """Whether a compiled graph gets the backward of :class:`_Fused`, as one operator."""
+    exporting = is_recorded() or getattr(torch.compiler, "is_exporting", bool)()
+    low = q.dtype == torch.bfloat16 and q.device.type == "cpu"
+    return low and torch.compiler.is_compiling() and torch.is_grad_enabled() and not exporting
+
+
+def _fusable(tokens: Tensor) -> Tensor:
+    """(B, heads, N, C') as torch's fused attention takes it: of others it silently forms the N×M tensor.
+
+    Channels have to be contiguous, and off the CPU each row has to begin on a multiple of 16 bytes:
+    channels are padded with zeros to a multiple of :data:`ALIGNED`, which adds nothing to a logit and
+    channels of zeros to the result (torch, ``aten/src/ATen/native/transformers/cuda/sdp_utils.cpp``).
+    """
+    multiple = ALIGNED.get(tokens.device.type, 8)
+    missing = -tokens.shape[3] % multiple
+    if missing:
+        return _widened(tokens, tokens.shape[3] + missing).contiguous()
+    if torch.compiler.is_compiling():
+        return tokens
+    rows = zip(tokens.stride()[:3], tokens.shape[:3], strict=True)
+    places = (tokens.storage_offset(), *(step for step, size in rows if size > 1))
+    if tokens.stride(3) == 1 and not any(place % multiple for place in places):
+        return tokens
+    return tokens.clone(memory_format=torch.contiguous_format)
+
+
+def _widened(tokens: Tensor, size: int) -> Tensor:
+    """(..., C) with zeros for channels C to ``size``."""
+    missing = size - tokens.shape[-1]
+    return F.pad(tokens, (0, missing)) if missing else tokens
+
+
+class _Fused(torch.autograd.Function):
+    """torch's fused attention on a CPU, with a gradient that can be differentiated again.
+
+    In bfloat16 backward goes over chunks of queries. It forms the logits again by a bfloat16 product,
+    which is as exact as a float32 one where they are near 0: a value near those that weigh in a row
+    is subtracted in the accumulator. The logarithm of the row's sum of exponentials, which the
+    forward gives, tells it. Elsewhere, and for one small map, backward is torch's own.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        y, total = _fused_forward(*_fusable_together(q, k, v), scale=scale)
+        ctx.chunked = q.dtype == torch.bfloat16 and (
+            q.shape[:2].numel() > 1 or q.shape[2] > ONE_SMALL_MAP
+        )
+        ctx.save_for_backward(q, k, v, total, *([] if ctx.chunked else [y]))
+        ctx.scale = scale
+        return y if y.shape[3] == v.shape[3] else y[..., : v.shape[3]]  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        q, k, v, total, *kept = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *softmax_gradients(q, k, v, ctx.scale, dy), None
+        if ctx.chunked:
+            parts = [t.flatten(0, 1) for t in (q, k, v, total.unsqueeze(3), dy)]
+            found = _fused_gradients(parts[0], parts[1], parts[2], parts[3], parts[4], ctx.scale)
+            return *(g.view(t.shape) for g, t in zip(found, (q, k, v), strict=True)), None
+        operands = _fusable_together(q, k, v)
+        grad = _fusable(_widened(dy, kept[0].shape[3]))
+        found = _fused_backward(grad, *operands, kept[0], total, 0.0, False, scale=ctx.scale)
+        return *(g[..., : t.shape[3]] for g, t in zip(found, (q, k, v), strict=True)), None
+
+
+@torch.library.custom_op("nlsurgery::fused_attention", mutates_args=())
+def _operator(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The forward of :class:`_Fused` as one operator of a compiled graph: (B, heads, N, V), (B, heads, N)."""
+    y, total = _fused_forward(*_fusable_together(q, k, v), scale=scale)
+    return y[..., : v.shape[3]].contiguous(), total.contiguous()
+
+
+@_operator.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    shape = q.shape[:3]
+    return v.new_empty(*shape, v.shape[3]), q.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("nlsurgery::fused_attention_backward", mutates_args=())
+def _operator_backward(
+    q: Tensor, k: Tensor, v: Tensor, total: Tensor, dy: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward of :class:`_Fused` likewise."""
+    parts = [t.flatten(0, 1) for t in (q, k, v, total.unsqueeze(3), dy)]
+    found = _fused_gradients(parts[0], parts[1], parts[2], parts[3], parts[4], scale)
+    dq, dk, dv = (g.contiguous().view(t.shape) for g, t in zip(found, (q, k, v), strict=True))
+    return dq, dk, dv
+
+
+@_operator_backward.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, total: Tensor, dy: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    return dq, dk, dv
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, ctx.scale = inputs
+    ctx.save_for_backward(q, k, v, output[1])
+
+
+def _operator_gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
+    return *_operator_backward(*ctx.saved_tensors, dy, ctx.scale), None
+
+
+_operator.register_autograd(_operator_gradients, setup_context=_keep)
+
+
+def _fusable_together(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
+    size = max(k.shape[3], v.shape[3])
+    return [_fusable(_widened(t, size)) for t in (q, k, v)]
+
+
+def _fused_gradients(
+    q: Tensor, k: Tensor, v: Tensor, total: Tensor, dy: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    """The gradients of bfloat16 queries, keys and values over chunks of queries.
+
+    Args:
+        q: (B, N, C') queries.
+        k: (B, M, C') keys.
+        v: (B, M, V) values.
+        total: (B, N, 1) logarithm of each row's sum of exponentials, float32.
+        dy: (B, N, V) gradient.
+        scale: The factor on the logits.
+    """
+    shift = _weighty_logit(q, k, scale, total).neg_()
+    operands = q, k, v, dy
+    if adds_up(q, k):
+        operands = along(q), across(k), across(v), along(dy)
+    found = list(_gradients_about(shift, *operands, scale))
+    del operands
+    # Sums are freed one by one: on a large map they are as large as all else together.
+    return tuple(like(found.pop(0), t) for t in (q, k, v))
+
+
+def _gradients_about(
+    shift: Tensor, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    logits = Workspace(q, q.dtype, "logits")
+
+    def weights(index: int, b: slice, i: slice) -> Tensor:
+        out = logits.take(*shift[b, i].shape[:2], k.shape[1])
+        torch.baddbmm(shift[b, i], q[b, i], k[b].transpose(1, 2), alpha=scale, out=out)
+        return torch.softmax(out, dim=-1, out=out)
+
+    return gradients_over_chunks(q, k, v, scale, dy, weights)
+
+
+def _weighty_logit(q: Tensor, k: Tensor, scale: float, total: Tensor) -> Tensor:
+    """For each row a logit near those that weigh in its softmax, (B, N, 1).
+
+    Logits with mean m and variance s² have, where they are spread normally, the logarithm
+    ``total`` = m + s²/2 + log M of the sum of their exponentials, and m + s² as their mean by weight.
+    Whatever the spread, m is at most total - log M, and no logit is larger than total.
+    """
+    mean = torch.bmm(q, k.mean(1, keepdim=True).transpose(1, 2)).float() * scale
+    centre = 2 * (total - math.log(k.shape[1])) - mean
+    return torch.minimum(centre, total).to(q.dtype)
