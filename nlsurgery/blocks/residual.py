@@ -144,8 +144,8 @@ def add_branch(x: Tensor, z: Tensor) -> Tensor:
     Returns:
         A new tensor like ``x``; equal to ``x`` to the last bit where ``z`` is 0.
     """
-    z = to_format_of(z if z.dtype == x.dtype else z.to(x.dtype), x)
-    return _like(torch.add(x, z), x)
+    z = z if z.dtype == x.dtype else z.to(x.dtype)
+    return _like(_add(x, z), x)
 
 
 @torch.fx.wrap
@@ -158,7 +158,7 @@ def add_gated(x: Tensor, y: Tensor, gamma: Tensor) -> Tensor:
         gamma: (1,).
     """
     scaled = gamma.to(x.dtype) * finite(y).to(x.dtype)
-    return _like(torch.add(x, scaled), x)
+    return _like(_add(x, scaled), x)
 
 
 @torch.fx.wrap
@@ -223,6 +223,12 @@ def _folded(y: Tensor, out: nn.Module, norm: BatchNorm) -> Tensor:
     shape = (-1, *[1] * (weight.dim() - 1))
     folded = (weight.to(wide) * factor.view(shape)).to(weight.dtype)
     return convolve(y, folded, (shift + norm.bias.to(wide)).to(weight.dtype))
+
+
+def _add(x: Tensor, z: Tensor) -> Tensor:
+    turned = to_format_of(z, x)
+    fresh = turned is not z and not (turned.requires_grad or x.requires_grad)
+    return turned.add_(x) if fresh else torch.add(x, turned)
 
 
 def _like(y: Tensor, x: Tensor) -> Tensor:
