@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nlsurgery.blocks import NonLocal, affinity_chunks
-from nlsurgery.blocks.affinity_fused import _weighty_logit
+from nlsurgery.blocks.affinity_fused import _weighty_logit, fused_attend
 from nlsurgery.blocks.affinity_softmax import softmax_attend
 
 
@@ -217,3 +217,20 @@ def test_either_layout_trains_alike(monkeypatch, num_bytes):
         results.append((y, values.grad))
     for exact, one in zip(*results, strict=True):
         assert distance(one, exact) < 1e-2
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 150, 16), (1, 1, 200, 16), (1, 4, 90, 8)], ids=str)
+def test_several_heads_and_one_small_map(shape):
+    generator = torch.Generator().manual_seed(2)
+    half = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for _ in range(3)]
+    exact = [t.detach().double().requires_grad_() for t in half]
+    upstream = torch.randn(shape, generator=generator).bfloat16()
+    y = fused_attend(*half, 0.5)
+    q, k, v = exact
+    expected = (q @ k.transpose(2, 3) * 0.5).softmax(-1) @ v
+    assert distance(y, expected) < 3e-3
+    found = torch.autograd.grad(y, half, upstream)
+    wanted = torch.autograd.grad(expected, exact, upstream.double())
+    for one, other in zip(found, wanted, strict=True):
+        assert one.shape == other.shape
+        assert distance(one, other) < 8e-3
