@@ -60,10 +60,12 @@ def _takes_own_function(q: Tensor, k: Tensor) -> bool:
 
 
 def _takes_own_operator(q: Tensor) -> bool:
-    """Whether a compiled graph gets the backward of :class:`_Fused`, as one operator."""
-    exporting = is_recorded() or getattr(torch.compiler, "is_exporting", bool)()
-    low = q.dtype == torch.bfloat16 and q.device.type == "cpu"
-    return low and torch.compiler.is_compiling() and torch.is_grad_enabled() and not exporting
+    """Whether a compiled graph gets the backward of :class:`_Fused`, as one operator; an exported one not."""
+    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or not torch.compiler.is_compiling():
+        return False
+    # Before torch 2.7 the two cannot be told apart.
+    told = hasattr(torch.compiler, "is_exporting") and not torch.compiler.is_exporting()
+    return told and torch.is_grad_enabled() and not is_recorded()
 
 
 def _fusable(tokens: Tensor) -> Tensor:

@@ -157,7 +157,8 @@ def test_training_in_bfloat16_has_the_backward_that_it_has_eagerly(backend):
                 (gradient,) = torch.autograd.grad(y.float().square().sum(), x)
             results.append((y, gradient))
         names = [event.key for event in profile.key_averages()]
-        assert "nlsurgery::fused_attention_backward" in names
+        told = hasattr(torch.compiler, "is_exporting")  # from torch 2.7 on
+        assert ("nlsurgery::fused_attention_backward" in names) == told
         for eager, ours in zip(*results, strict=True):
             assert (ours - eager).float().norm() < 0.02 * eager.float().norm()
 
