@@ -34,7 +34,8 @@ def page(rows: Sequence[Row], device: str, flags: str = "") -> str:
         "",
         f"{versions()}; {platform.machine()}, {threads} thread(s). Medians of interleaved rounds. "
         "Each number is a peer's cost over ours (above 1: ours is faster or leaner); within 0.15 of "
-        "1 is a tie. The article is the plain rewrite in `benchmarks/operators.py`. A dash: the "
+        "1 is a tie. The article is the plain rewrite in `benchmarks/operators.py`; ours compiled is "
+        "named besides, over ours as it is. A dash: the "
         "peer has no such form, or would need more than 4 GB in one tensor; fails: it raises. GEMM: "
         "the share of our forward time that its matrix products would take at the speed of one "
         "large product measured beside it.",
