@@ -119,9 +119,7 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *softmax_gradients(q, k, v, ctx.scale, dy), None
         if ctx.chunked:
-            parts = [t.flatten(0, 1) for t in (q, k, v, total.unsqueeze(3), dy)]
-            found = _fused_gradients(parts[0], parts[1], parts[2], parts[3], parts[4], ctx.scale)
-            return *(g.view(t.shape) for g, t in zip(found, (q, k, v), strict=True)), None
+            return *_fused_gradients(q, k, v, total, dy, ctx.scale), None
         operands = _fusable_together(q, k, v)
         grad = _fusable(_widened(dy, kept[0].shape[3]))
         found = _fused_backward(grad, *operands, kept[0], total, 0.0, False, scale=ctx.scale)
@@ -146,9 +144,7 @@ def _operator_backward(
     q: Tensor, k: Tensor, v: Tensor, total: Tensor, dy: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward of :class:`_Fused` likewise."""
-    parts = [t.flatten(0, 1) for t in (q, k, v, total.unsqueeze(3), dy)]
-    found = _fused_gradients(parts[0], parts[1], parts[2], parts[3], parts[4], scale)
-    dq, dk, dv = (g.contiguous().view(t.shape) for g, t in zip(found, (q, k, v), strict=True))
+    dq, dk, dv = (g.contiguous() for g in _fused_gradients(q, k, v, total, dy, scale))
     return dq, dk, dv
 
 
@@ -183,21 +179,24 @@ def _fused_gradients(
     """The gradients of bfloat16 queries, keys and values over chunks of queries.
 
     Args:
-        q: (B, N, C') queries.
-        k: (B, M, C') keys.
-        v: (B, M, V) values.
-        total: (B, N, 1) logarithm of each row's sum of exponentials, float32.
-        dy: (B, N, V) gradient.
+        q: (B, heads, N, C') queries.
+        k: (B, heads, M, C') keys.
+        v: (B, heads, M, V) values.
+        total: (B, heads, N) logarithm of each row's sum of exponentials, float32.
+        dy: (B, heads, N, V) gradient.
         scale: The factor on the logits.
     """
-    shift = _weighty_logit(q, k, scale, total).neg_()
+    shapes = q.shape, k.shape, v.shape
+    q, k, v, dy = (t.flatten(0, 1) for t in (q, k, v, dy))
+    shift = _weighty_logit(q, k, scale, total.flatten(0, 1).unsqueeze(2)).neg_()
     operands = q, k, v, dy
     if adds_up(q, k):
         operands = along(q), across(k), across(v), along(dy)
     found = list(_gradients_about(shift, *operands, scale))
     del operands
     # Sums are freed one by one: on a large map they are as large as all else together.
-    return tuple(like(found.pop(0), t) for t in (q, k, v))
+    laid_out = [like(found.pop(0), t) for t in (q, k, v)]
+    return tuple(g.view(shape) for g, shape in zip(laid_out, shapes, strict=True))
 
 
 def _gradients_about(
