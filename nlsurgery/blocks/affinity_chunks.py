@@ -1,4 +1,4 @@
-"""Softmax attention and its gradients over chunks of queries, whose maps fit a cache."""
+"""Gradients of softmax attention in bfloat16 over chunks of queries, and the products into sums."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def gradients_over_chunks(
     v: Tensor,
     scale: float,
     dy: Tensor,
-    weights: Callable[[int, slice, slice], Tensor],
+    weights: Callable[[slice, slice], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v, over chunks of queries.
 
@@ -89,7 +89,7 @@ def gradients_over_chunks(
         v: (B, M, V) values.
         scale: The factor on the logits.
         dy: (B, N, V) gradient.
-        weights: Gives the softmax rows of a chunk by its number, batch items and queries.
+        weights: Gives the softmax rows of a chunk by its batch items and queries.
 
     Returns:
         The three; sums over chunks in the accumulator's dtype.
@@ -97,17 +97,15 @@ def gradients_over_chunks(
     dq = empty_as(q, q.shape[1])
     gathered: Callable[[Tensor], Tensor] = _itself
     if adds_up(q, k):
-        if q.dtype != accumulator(q.dtype):
-            gathered = across
+        gathered = across
         dk, dv = (torch.zeros_like(t, dtype=accumulator(t.dtype)) for t in (k, v))
-        gather = _add_product
+        gather = add_product
     else:
         dk, dv = (empty_as(t, t.shape[1]) for t in (k, v))
         gather = _set_product
     workspace = Workspace(q, q.dtype, "gradients")
-    pieces = chunks(q.shape[0], q.shape[1], k.shape[1], q.itemsize)
-    for index, (b, i) in enumerate(pieces):
-        p = weights(index, b, i)
+    for b, i in chunks(q.shape[0], q.shape[1], k.shape[1], q.itemsize):
+        p = weights(b, i)
         gather(dv[b], p.transpose(1, 2), gathered(dy[b, i]), 1.0)
         dp = workspace.take(*p.shape)
         torch.bmm(dy[b, i], v[b].transpose(1, 2), out=dp)
@@ -159,7 +157,7 @@ def like(values: Tensor, tokens: Tensor) -> Tensor:
     return values
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
     """Add factor · a b to ``total``, in the precision and memory order of ``total``."""
     total, first, second = _in_order(total, a, b)
     if total.dtype == a.dtype:

@@ -204,7 +204,7 @@ def _gradients_about(
 ) -> tuple[Tensor, ...]:
     logits = Workspace(q, q.dtype, "logits")
 
-    def weights(index: int, b: slice, i: slice) -> Tensor:
+    def weights(b: slice, i: slice) -> Tensor:
         out = logits.take(*shift[b, i].shape[:2], k.shape[1])
         torch.baddbmm(shift[b, i], q[b, i], k[b].transpose(1, 2), alpha=scale, out=out)
         return torch.softmax(out, dim=-1, out=out)

@@ -23,9 +23,7 @@ _FORMS = {
     "dot_product": ("explicit", "reassociated"),
     "concatenation": ("explicit", "sorted"),
 }
-#: Up to so many keys, chunks of many rows are as fast as torch's fused attention on a CPU in float32,
-#: and faster in backward, unless heads have at most :data:`FUSED_CHANNELS`.
-CHUNKED_KEYS = 8192
+#: Channels of a head up to which torch's fused attention is faster than tiles on a CPU in float32.
 FUSED_CHANNELS = 128
 #: A float32 map of so many values in all (1 MB) is formed by plain operations on a CPU.
 SMALL_MAPS = 1 << 18
@@ -99,8 +97,8 @@ def choose_implementation(
         if fits(num_keys, value_size) or batch * num_queries * num_keys <= SMALL_MAPS:
             return "explicit"
         # torch's fused attention falls back to an N×M tensor where the two sizes differ.
-        fast = head_size <= FUSED_CHANNELS or num_keys > CHUNKED_KEYS
-        return "fused" if head_size == value_size and fast else "chunked"
+        fused = head_size == value_size and head_size <= FUSED_CHANNELS
+        return "fused" if fused else "chunked"
     if torch.are_deterministic_algorithms_enabled():
         # The backward of memory-efficient attention adds atomically.
         return "explicit" if num_keys <= value_size else "chunked"

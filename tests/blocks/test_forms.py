@@ -8,12 +8,13 @@ import warnings
 import pytest
 import torch
 
-from nlsurgery.blocks import NonLocal, SelfAttention, affinity_chunks, residual
+from nlsurgery.blocks import NonLocal, SelfAttention, affinity_chunks, affinity_tiles, residual
 from nlsurgery.blocks.affinity_chunks import chunks
 from nlsurgery.blocks.affinity_concat import _triangular_sums as triangular_sums
 from nlsurgery.blocks.affinity_concat import concatenation_attend, running_sums
 from nlsurgery.blocks.affinity_dot import dot_product_attend
 from nlsurgery.blocks.affinity_softmax import softmax_attend
+from nlsurgery.blocks.affinity_tiles import tiles
 from nlsurgery.blocks.choose import choose_implementation
 from nlsurgery.errors import BlockError
 
@@ -32,8 +33,9 @@ FAST = [pair for pair in PAIRS if pair[1] != "explicit"]
 
 @pytest.fixture
 def tiny_chunks(monkeypatch):
-    """Chunks of a few rows, so that small inputs are cut."""
-    monkeypatch.setattr(affinity_chunks, "CHUNK_BYTES", 4 * 70 * 64)
+    """Tiles of a few rows and keys, so that small inputs are cut."""
+    monkeypatch.setattr(affinity_tiles, "TILE", 32 * 16)
+    monkeypatch.setattr(affinity_tiles, "TILE_KEYS", 16)
 
 
 @pytest.mark.usefixtures("tiny_chunks")
@@ -114,6 +116,49 @@ def test_chunks_cover_every_row_once(monkeypatch, num_bytes, batch, num_queries,
     for piece in chunks(batch, num_queries, num_keys):
         seen[piece] += 1
     assert bool((seen == 1).all())
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    "sizes", [(3, 150, 70), (8, 7, 7), (1, 1, 500), (1, 500, 1), (0, 4, 4), (2, 0, 4), (2, 4, 0)]
+)
+def test_tiles_cover_every_logit_once(monkeypatch, sizes, device_type):
+    monkeypatch.setattr(affinity_tiles, "TILE", 32 * 16)
+    monkeypatch.setattr(affinity_tiles, "TILE_KEYS", 16)
+    monkeypatch.setattr(affinity_tiles, "LARGE_TILE", 128 * 70)
+    rows, columns = tiles(*sizes, device_type)
+    seen = torch.zeros(sizes, dtype=torch.int)
+    for row, column in itertools.product(rows, columns):
+        seen[(*row, column)] += 1
+    assert bool((seen == 1).all())
+
+
+@pytest.mark.usefixtures("tiny_chunks")
+@pytest.mark.parametrize("readable", [("cpu",), ()], ids=["by need", "every tile"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("first", [0.0, 25.0, -200.0, 300.0])
+@pytest.mark.parametrize("growth", [0.0, 40.0, 130.0, -130.0])
+def test_logits_far_apart_stay_exact(monkeypatch, readable, dtype, first, growth):
+    """Each tile's logits lie ``growth`` above those of the tile before."""
+    monkeypatch.setattr(affinity_tiles, "READABLE", readable)
+    monkeypatch.setattr(affinity_tiles, "LARGE_TILE", 16 * 70)
+    q, k = tokens(2, 50, 4), tokens(2, 70, 4, seed=1)
+    v, dy = tokens(2, 70, 6, seed=2), tokens(2, 50, 6, seed=3)
+    with torch.no_grad():
+        q[..., 0] = 1.0
+        k[..., 0] = first + growth * (torch.arange(70) // 14)
+    operands = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+    exact = [t.detach().to(dtype).double().requires_grad_() for t in (q, k, v)]
+    y, expected = (
+        softmax_attend(*t, 1.0, form) for t, form in ((operands, "chunked"), (exact, "explicit"))
+    )
+    # A float32 logit of 820 is rounded by 3e-5.
+    tolerance = 1e-10 if dtype == torch.float64 else 3e-4
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    found = torch.autograd.grad(y, operands, dy.detach().to(dtype))
+    wanted = torch.autograd.grad(expected, exact, dy.detach().to(dtype).double())
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=10 * tolerance)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +296,8 @@ def test_a_form_that_the_mode_lacks_is_an_error(mode, form):
         ("embedded_gaussian", 196, 512, 512, "explicit"),
         ("embedded_gaussian", 4096, 256, 256, "chunked"),
         ("embedded_gaussian", 4096, 512, 512, "chunked"),
-        ("embedded_gaussian", 9000, 512, 512, "fused"),
+        ("embedded_gaussian", 9000, 512, 512, "chunked"),
+        ("embedded_gaussian", 9000, 128, 128, "fused"),
         ("embedded_gaussian", 784, 64, 64, "fused"),
         ("embedded_gaussian", 784, 64, 32, "chunked"),
         ("embedded_gaussian", 400, 64, 64, "explicit"),
