@@ -24,8 +24,11 @@ TILE = 1 << 21
 TILE_KEYS = 1 << 11
 #: Logits in a tile on others, where it takes all keys.
 LARGE_TILE = 1 << 22
-#: Logits of up to this size need no shift: their exponentials are far from overflow and underflow.
-NEAR = 30.0
+#: Logits up to this one, none below twice its negative, need no shift: exponentials are far from
+#: overflow and underflow.
+NEAR = 40.0
+#: What is further below a row's shift counts as this far. Denormal weights would make a product slow.
+FLOOR = -60.0
 #: A row's sum of exponentials beyond which its shift is changed.
 LARGE_SUM = 1e20
 
@@ -83,11 +86,13 @@ class _Tiled(torch.autograd.Function):
         total = queries.new_empty(*q.shape[:2], 1)
         rows, columns = tiles(q.shape[0], q.shape[1], k.shape[1], q.device.type)
         workspace = Workspace(q, dtype, "logits")
+        ctx.near = []
         for b, i in rows:
             row = _Row(queries[b, i], scale, workspace)
             for j in columns:
                 row.add(keys[b, j], values[b, j], y[b, i])
             total[b, i] = row.finish(y[b, i])
+            ctx.near.append(row.shift is None)
         # Not rounded to a half precision, which would show in the gradients of queries and keys.
         ctx.save_for_backward(q, k, v, y, total)
         ctx.scale = scale
@@ -100,7 +105,7 @@ class _Tiled(torch.autograd.Function):
             return *softmax_gradients(q, k, v, ctx.scale, dy), None
         dtype = accumulator(q.dtype)
         queries, keys, values, dy = (t.to(dtype) for t in (q, k, v, dy))
-        found = _gradients(queries, keys, values, y, dy, total, ctx.scale)
+        found = _gradients(queries, keys, values, y, dy, total, ctx.near, ctx.scale)
         return *(g.to(t.dtype) for g, t in zip(found, (q, k, v), strict=True)), None
 
 
@@ -119,7 +124,7 @@ class _Row:
         logits = _logits(self.q, k, self.scale, self.workspace)
         if self.total is None:
             peak = logits.amax(-1, keepdim=True)
-            if not self.readable or bool(peak.abs().max() > NEAR):
+            if not (self.readable and _is_near(peak) and bool(logits.min() >= -2 * NEAR)):
                 self.shift = peak
             self.total = self._summed(logits)
         elif not self.readable:
@@ -142,9 +147,7 @@ class _Row:
 
     def _summed(self, logits: Tensor) -> Tensor:
         """Turn logits into weights in place; their sum over keys."""
-        if self.shift is not None:
-            logits.sub_(self.shift)
-        return logits.exp_().sum(-1, keepdim=True)
+        return _exponentials(logits, self.shift).sum(-1, keepdim=True)
 
     def _raise(self, logits: Tensor, y: Tensor) -> None:
         """Shift by this tile's largest logit where it is larger, and add the tile's sum."""
@@ -157,6 +160,19 @@ class _Row:
         self.total.mul_(factor).add_(self._summed(logits))
 
 
+def _is_near(logits: Tensor) -> bool:
+    return bool(logits.abs().max() <= NEAR)
+
+
+def _exponentials(logits: Tensor, shift: Tensor | None) -> Tensor:
+    """exp(logits - shift) in place."""
+    if shift is not None:
+        logits.sub_(shift)
+        if logits.device.type in READABLE:
+            logits.clamp_(min=FLOOR)
+    return logits.exp_()
+
+
 def _logits(q: Tensor, k: Tensor, scale: float, workspace: Workspace) -> Tensor:
     """scale · q kᵀ; it holds until the workspace's next use."""
     out = workspace.take(*q.shape[:2], k.shape[1])
@@ -165,7 +181,14 @@ def _logits(q: Tensor, k: Tensor, scale: float, workspace: Workspace) -> Tensor:
 
 
 def _gradients(
-    q: Tensor, k: Tensor, v: Tensor, y: Tensor, dy: Tensor, total: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    dy: Tensor,
+    total: Tensor,
+    near: list[bool],
+    scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v.
 
@@ -176,28 +199,25 @@ def _gradients(
         y: (B, N, V) result.
         dy: (B, N, V) its gradient.
         total: (B, N, 1) logarithm of each row's sum of exponentials.
+        near: Whether the logits of each row of tiles needed no shift.
         scale: The factor on the logits.
     """
     dq, dk, dv = (empty_as(t, t.shape[1]).zero_() for t in (q, k, v))
     rows, columns = tiles(q.shape[0], q.shape[1], k.shape[1], q.device.type)
-    readable = q.device.type in READABLE
     first, second = Workspace(q, q.dtype, "logits"), Workspace(q, q.dtype, "gradients")
-    for b, i in rows:
+    for (b, i), unshifted in zip(rows, near, strict=True):
         upstream, row_total = dy[b, i], total[b, i]
         # Of softmax: ds = p (dp - Σ_j p_j dp_j), and Σ_j p_j dp_j = y · dy.
         mean = upstream.mul(y[b, i]).sum(-1, keepdim=True).neg_()
         shift = None
-        if readable and not bool(row_total.abs().max() > NEAR):
+        if unshifted and _is_near(row_total):
             # Weights are left undivided: to divide the row's gradient takes less.
             divisor = row_total.neg().exp_()
             upstream, mean = upstream * divisor, mean.mul_(divisor)
         else:
             shift = row_total
         for j in columns:
-            p = _logits(q[b, i], k[b, j], scale, first)
-            if shift is not None:
-                p.sub_(shift)
-            p.exp_()
+            p = _exponentials(_logits(q[b, i], k[b, j], scale, first), shift)
             add_product(dv[b, j], p.transpose(1, 2), upstream, 1.0)
             ds = second.take(*p.shape)
             torch.baddbmm(mean, upstream, v[b, j].transpose(1, 2), out=ds)

@@ -136,7 +136,7 @@ def test_tiles_cover_every_logit_once(monkeypatch, sizes, device_type):
 @pytest.mark.usefixtures("tiny_chunks")
 @pytest.mark.parametrize("readable", [("cpu",), ()], ids=["by need", "every tile"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("first", [0.0, 25.0, -200.0, 300.0])
+@pytest.mark.parametrize("first", [0.0, 25.0, -55.0, -200.0, 300.0])
 @pytest.mark.parametrize("growth", [0.0, 40.0, 130.0, -130.0])
 def test_logits_far_apart_stay_exact(monkeypatch, readable, dtype, first, growth):
     """Each tile's logits lie ``growth`` above those of the tile before."""
