@@ -19,18 +19,23 @@ CHUNK_BYTES = 16 << 20
 ADDED_VALUES = 1 << 20
 
 
+def pieces(count: int, size: int) -> Iterator[slice]:
+    """Cut ``count`` into equal pieces of at most ``size``."""
+    number = -(-count // max(1, size))
+    step = max(1, -(-count // max(1, number)))
+    for first in range(0, count, step):
+        yield slice(first, min(first + step, count))
+
+
 def chunks(
     batch: int, num_queries: int, num_keys: int, itemsize: int = 4
 ) -> Iterator[tuple[slice, slice]]:
     """Cut (B, N) into pieces whose logits, of ``itemsize`` bytes, take at most :data:`CHUNK_BYTES`."""
-    rows = max(1, CHUNK_BYTES // (itemsize * max(1, num_keys)))
-    together = max(1, rows // max(1, num_queries))
-    # Equal pieces of at least 64 rows: fewer make the products slow.
-    pieces = -(-num_queries // max(64, min(rows, num_queries)))
-    step = max(1, -(-num_queries // max(1, pieces)))
-    for first in range(0, batch, together):
-        for row in range(0, num_queries, step):
-            yield slice(first, first + together), slice(row, min(row + step, num_queries))
+    rows = CHUNK_BYTES // (itemsize * max(1, num_keys))
+    for b in pieces(batch, rows // max(1, num_queries)):
+        # At least 64 rows: fewer make the products slow.
+        for i in pieces(num_queries, max(64, rows)):
+            yield b, i
 
 
 _kept = threading.local()
@@ -46,12 +51,6 @@ class Workspace:
     def __init__(self, like: Tensor, dtype: torch.dtype, name: str) -> None:
         self.buffer = like.new_empty(0, dtype=dtype)
         self.name = name
-
-    def converted(self, values: Tensor) -> Tensor:
-        """``values`` in the dtype of this memory: themselves, or a copy in it."""
-        if values.dtype == self.buffer.dtype:
-            return values
-        return self.take(*values.shape).copy_(values)
 
     def take(self, *shape: int) -> Tensor:
         """An uninitialised tensor over it."""

@@ -8,22 +8,19 @@ as those of equal ones, so a shift is changed only where a tile's sum says that 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nlsurgery.blocks.affinity import accumulator, softmax_gradients
-from nlsurgery.blocks.affinity_chunks import Workspace, add_product, empty_as
+from nlsurgery.blocks.affinity_chunks import Workspace, add_product, chunks, empty_as, pieces
 
 #: Devices on which a look at a value does not wait for what was begun before.
 READABLE = ("cpu",)
 #: Logits in a tile on those (8 MB in float32), and the keys of a tile with as many logits.
 TILE = 1 << 21
 TILE_KEYS = 1 << 11
-#: Logits in a tile on others, where it takes all keys.
-LARGE_TILE = 1 << 22
 #: Logits up to this one, none below twice its negative, need no shift: exponentials are far from
 #: overflow and underflow.
 NEAR = 40.0
@@ -33,29 +30,19 @@ FLOOR = -60.0
 LARGE_SUM = 1e20
 
 
-def pieces(count: int, size: int) -> Iterator[slice]:
-    """Cut ``count`` into equal pieces of at most ``size``."""
-    number = -(-count // max(1, size))
-    step = max(1, -(-count // max(1, number)))
-    for first in range(0, count, step):
-        yield slice(first, min(first + step, count))
-
-
 def tiles(
     batch: int, num_queries: int, num_keys: int, device_type: str
 ) -> tuple[list[tuple[slice, slice]], list[slice]]:
-    """Cut (B, N, M) logits into tiles.
+    """Cut (B, N, M) logits into tiles; where values are not :data:`READABLE` a tile takes all keys.
 
     Returns:
         The batch items and queries of each row of tiles, and the keys of each tile in a row.
     """
-    if device_type in READABLE:
-        size, rows = TILE, max(1, TILE // TILE_KEYS)
-        width = max(TILE_KEYS, size // max(1, min(rows, num_queries)))
-    else:
-        size, rows, width = LARGE_TILE, 64, num_keys
-    rows = max(rows, size // max(1, num_keys))
-    together = max(1, size // max(1, num_queries * num_keys))
+    if device_type not in READABLE:
+        return list(chunks(batch, num_queries, num_keys)), list(pieces(num_keys, num_keys))
+    rows = max(TILE // TILE_KEYS, TILE // max(1, num_keys))
+    width = max(TILE_KEYS, TILE // max(1, min(rows, num_queries)))
+    together = TILE // max(1, num_queries * num_keys)
     upper = [(b, i) for b in pieces(batch, together) for i in pieces(num_queries, rows)]
     return upper, list(pieces(num_keys, width))
 
@@ -114,7 +101,6 @@ class _Row:
 
     def __init__(self, q: Tensor, scale: float, workspace: Workspace) -> None:
         self.q, self.scale, self.workspace = q, scale, workspace
-        self.readable = q.device.type in READABLE
         #: (B, rows, 1): what is subtracted from logits, and the sum of their exponentials so far.
         self.shift: Tensor | None = None
         self.total: Tensor | None = None
@@ -124,11 +110,9 @@ class _Row:
         logits = _logits(self.q, k, self.scale, self.workspace)
         if self.total is None:
             peak = logits.amax(-1, keepdim=True)
-            if not (self.readable and _is_near(peak) and bool(logits.min() >= -2 * NEAR)):
+            if not (_is_readable(peak) and _is_near(peak) and bool(logits.min() >= -2 * NEAR)):
                 self.shift = peak
             self.total = self._summed(logits)
-        elif not self.readable:
-            self._raise(logits, y)
         else:
             summed = self._summed(logits)
             if bool(summed.max() > LARGE_SUM):
@@ -160,6 +144,10 @@ class _Row:
         self.total.mul_(factor).add_(self._summed(logits))
 
 
+def _is_readable(values: Tensor) -> bool:
+    return values.device.type in READABLE
+
+
 def _is_near(logits: Tensor) -> bool:
     return bool(logits.abs().max() <= NEAR)
 
@@ -168,7 +156,7 @@ def _exponentials(logits: Tensor, shift: Tensor | None) -> Tensor:
     """exp(logits - shift) in place."""
     if shift is not None:
         logits.sub_(shift)
-        if logits.device.type in READABLE:
+        if _is_readable(logits):
             logits.clamp_(min=FLOOR)
     return logits.exp_()
 

@@ -125,7 +125,7 @@ def test_chunks_cover_every_row_once(monkeypatch, num_bytes, batch, num_queries,
 def test_tiles_cover_every_logit_once(monkeypatch, sizes, device_type):
     monkeypatch.setattr(affinity_tiles, "TILE", 32 * 16)
     monkeypatch.setattr(affinity_tiles, "TILE_KEYS", 16)
-    monkeypatch.setattr(affinity_tiles, "LARGE_TILE", 128 * 70)
+    monkeypatch.setattr(affinity_chunks, "CHUNK_BYTES", 4 * 128 * 70)
     rows, columns = tiles(*sizes, device_type)
     seen = torch.zeros(sizes, dtype=torch.int)
     for row, column in itertools.product(rows, columns):
@@ -134,14 +134,14 @@ def test_tiles_cover_every_logit_once(monkeypatch, sizes, device_type):
 
 
 @pytest.mark.usefixtures("tiny_chunks")
-@pytest.mark.parametrize("readable", [("cpu",), ()], ids=["by need", "every tile"])
+@pytest.mark.parametrize("readable", [("cpu",), ()], ids=["by need", "one tile a row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("first", [0.0, 25.0, -55.0, -200.0, 300.0])
 @pytest.mark.parametrize("growth", [0.0, 40.0, 130.0, -130.0])
 def test_logits_far_apart_stay_exact(monkeypatch, readable, dtype, first, growth):
     """Each tile's logits lie ``growth`` above those of the tile before."""
     monkeypatch.setattr(affinity_tiles, "READABLE", readable)
-    monkeypatch.setattr(affinity_tiles, "LARGE_TILE", 16 * 70)
+    monkeypatch.setattr(affinity_chunks, "CHUNK_BYTES", 4 * 16 * 70)
     q, k = tokens(2, 50, 4), tokens(2, 70, 4, seed=1)
     v, dy = tokens(2, 70, 6, seed=2), tokens(2, 50, 6, seed=3)
     with torch.no_grad():
