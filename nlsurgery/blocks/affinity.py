@@ -95,8 +95,25 @@ def apply_map(attention: Tensor, v: Tensor) -> Tensor:
         return y if y.dtype == v.dtype else y.to(v.dtype)
 
 
+def plain_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Softmax attention by plain operations, with the map formed.
+
+    Args:
+        q: (…, N, C') queries.
+        k: (…, M, C') keys.
+        v: (…, M, V) values.
+        scale: The factor on the logits.
+
+    Returns:
+        (…, N, V).
+    """
+    queries, keys, values = (t.flatten(0, -3) for t in (q, k, v))
+    y = apply_map(softmax_map(queries, keys, scale), values)
+    return y.reshape(*q.shape[:-1], v.shape[-1])
+
+
 def softmax_gradients(q: Tensor, k: Tensor, v: Tensor, scale: float, dy: Tensor) -> tuple[Any, ...]:
-    """The gradients of softmax attention, such that they can be differentiated again.
+    """The gradients of :func:`plain_attend`, such that they can be differentiated again.
 
     Args:
         q: (…, N, C') queries.
@@ -105,6 +122,4 @@ def softmax_gradients(q: Tensor, k: Tensor, v: Tensor, scale: float, dy: Tensor)
         scale: The factor on the logits.
         dy: (…, N, V) gradient.
     """
-    queries, keys, values = (t.flatten(0, -3) for t in (q, k, v))
-    y = apply_map(softmax_map(queries, keys, scale), values).view(dy.shape)
-    return differentiable_gradients(y, (q, k, v), dy)
+    return differentiable_gradients(plain_attend(q, k, v, scale), (q, k, v), dy)

@@ -19,10 +19,11 @@ CHUNK_BYTES = 16 << 20
 ADDED_VALUES = 1 << 20
 
 
-def pieces(count: int, size: int) -> Iterator[slice]:
-    """Cut ``count`` into equal pieces of at most ``size``."""
-    number = -(-count // max(1, size))
-    step = max(1, -(-count // max(1, number)))
+def pieces(count: int, size: int, multiple: int = 1) -> Iterator[slice]:
+    """Cut ``count`` into pieces of at most ``size``: equal ones, or all but the last a ``multiple``."""
+    size = max(1, size)
+    step = max(1, -(-count // max(1, -(-count // size))))
+    step = min(size, -(-step // multiple) * multiple)
     for first in range(0, count, step):
         yield slice(first, min(first + step, count))
 

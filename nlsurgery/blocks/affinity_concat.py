@@ -20,7 +20,7 @@ from nlsurgery.blocks.affinity import (
     differentiable_gradients,
     without_autocast,
 )
-from nlsurgery.blocks.geometry import is_recorded
+from nlsurgery.blocks.geometry import takes_plain_operators
 
 #: Bytes of running sums held at a time: they should stay in the last-level cache.
 BLOCK_BYTES = 2 << 20
@@ -43,7 +43,7 @@ def concatenation_attend(a: Tensor, b: Tensor, v: Tensor, form: str) -> Tensor:
     with without_autocast(v):
         dtype = accumulator(v.dtype)
         a, b = a.to(dtype), b.to(dtype)
-        if form == "explicit" or is_recorded():
+        if form == "explicit" or takes_plain_operators():
             return apply_map(scalar_sum_map(a.unsqueeze(2), b.unsqueeze(2)), v)
         if torch.compiler.is_compiling():
             return _sorted_sums(a, b, v)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nlsurgery.blocks.affinity import softmax_gradients
+from nlsurgery.blocks.affinity import plain_attend, softmax_gradients
 from nlsurgery.blocks.affinity_chunks import (
     Workspace,
     across,
@@ -21,12 +21,18 @@ from nlsurgery.blocks.affinity_chunks import (
     gradients_over_chunks,
     like,
 )
-from nlsurgery.blocks.geometry import is_recorded
+from nlsurgery.blocks.affinity_tiles import FLOOR, tiled_gradients
+from nlsurgery.blocks.geometry import is_transformed, takes_plain_operators
 
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 #: Queries of a single map up to which torch's own backward is faster in bfloat16.
 ONE_SMALL_MAP = 256
+#: Where a row's sum of exponentials lies so far above those of mean logits, others lie as far below: their
+#: weights are denormal numbers, which slow a product many times.
+SPREAD = 40.0
+#: The share of such rows from which on the gradients are computed without denormal weights.
+SPREAD_ROWS = 0.01
 #: What rows of fused attention begin on a multiple of, by device; on others 8, 16 bytes of half precision.
 ALIGNED = {"cpu": 1, "meta": 1}
 
@@ -45,6 +51,9 @@ def fused_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """
     if _takes_own_function(q, k):
         return _Fused.apply(q, k, v, scale)  # type: ignore[no-any-return]
+    if is_transformed() and q.device.type == "cpu":
+        # torch's operator cannot be differentiated forwards, and is looped over by vmap.
+        return plain_attend(q, k, v, scale)
     if _takes_own_operator(q):
         return _operator(q, k, v, scale)[0]  # type: ignore[no-any-return]
     query, key, value = _fusable(q), _fusable(k), _fusable(v)
@@ -53,7 +62,7 @@ def fused_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _takes_own_function(q: Tensor, k: Tensor) -> bool:
-    if torch.compiler.is_compiling() or is_recorded():
+    if torch.compiler.is_compiling() or takes_plain_operators():
         return False
     # torch's kernel divides by zero where there is nothing.
     return q.device.type == "cpu" and q.numel() > 0 and k.numel() > 0
@@ -65,7 +74,7 @@ def _takes_own_operator(q: Tensor) -> bool:
         return False
     # Before torch 2.7 the two cannot be told apart.
     told = hasattr(torch.compiler, "is_exporting") and not torch.compiler.is_exporting()
-    return told and torch.is_grad_enabled() and not is_recorded()
+    return told and torch.is_grad_enabled() and not takes_plain_operators()
 
 
 def _fusable(tokens: Tensor) -> Tensor:
@@ -100,7 +109,8 @@ class _Fused(torch.autograd.Function):
     In bfloat16 backward goes over chunks of queries. It forms the logits again by a bfloat16 product,
     which is as exact as a float32 one where they are near 0: a value near those that weigh in a row
     is subtracted in the accumulator. The logarithm of the row's sum of exponentials, which the
-    forward gives, tells it. Elsewhere, and for one small map, backward is torch's own.
+    forward gives, tells it. Where float32 logits are spread widely backward goes over tiles, which
+    keep denormal weights out. Elsewhere, and for one small map, backward is torch's own.
     """
 
     @staticmethod
@@ -120,6 +130,8 @@ class _Fused(torch.autograd.Function):
             return *softmax_gradients(q, k, v, ctx.scale, dy), None
         if ctx.chunked:
             return *_fused_gradients(q, k, v, total, dy, ctx.scale), None
+        if q.dtype == torch.float32 and _is_spread(q, k, total, ctx.scale):
+            return *_spread_gradients(q, k, v, kept[0], dy, total, ctx.scale), None
         operands = _fusable_together(q, k, v)
         grad = _fusable(_widened(dy, kept[0].shape[3]))
         found = _fused_backward(grad, *operands, kept[0], total, 0.0, False, scale=ctx.scale)
@@ -188,11 +200,15 @@ def _fused_gradients(
     """
     shapes = q.shape, k.shape, v.shape
     q, k, v, dy = (t.flatten(0, 1) for t in (q, k, v, dy))
-    shift = _weighty_logit(q, k, scale, total.flatten(0, 1).unsqueeze(2)).neg_()
+    total = total.flatten(0, 1).unsqueeze(2)
+    mean = _mean_logit(q, k, scale)
+    floor = FLOOR if _lies_apart(total, mean) else None
+    shift = _weighty_logit(k.shape[1], total, mean).to(q.dtype).neg_()
+    del mean
     operands = q, k, v, dy
     if adds_up(q, k):
         operands = along(q), across(k), across(v), along(dy)
-    found = list(_gradients_about(shift, *operands, scale))
+    found = list(_gradients_about(shift, *operands, scale, floor))
     del operands
     # Sums are freed one by one: on a large map they are as large as all else together.
     laid_out = [like(found.pop(0), t) for t in (q, k, v)]
@@ -200,25 +216,49 @@ def _fused_gradients(
 
 
 def _gradients_about(
-    shift: Tensor, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, scale: float
+    shift: Tensor, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, scale: float, floor: float | None
 ) -> tuple[Tensor, ...]:
     logits = Workspace(q, q.dtype, "logits")
 
     def weights(b: slice, i: slice) -> Tensor:
         out = logits.take(*shift[b, i].shape[:2], k.shape[1])
         torch.baddbmm(shift[b, i], q[b, i], k[b].transpose(1, 2), alpha=scale, out=out)
+        if floor is not None:
+            out.clamp_(min=floor)
         return torch.softmax(out, dim=-1, out=out)
 
     return gradients_over_chunks(q, k, v, scale, dy, weights)
 
 
-def _weighty_logit(q: Tensor, k: Tensor, scale: float, total: Tensor) -> Tensor:
+def _spread_gradients(
+    q: Tensor, k: Tensor, v: Tensor, y: Tensor, dy: Tensor, total: Tensor, scale: float
+) -> list[Tensor]:
+    """The gradients of q, k and v over tiles; y may have channels of zeros after those of v."""
+    shapes = q.shape, k.shape, v.shape
+    q, k, v, y, dy = (t.flatten(0, 1) for t in (q, k, v, y[..., : v.shape[3]], dy))
+    found = tiled_gradients(q, k, v, y, dy, total.flatten(0, 1).unsqueeze(2), scale)
+    return [g.view(shape) for g, shape in zip(found, shapes, strict=True)]
+
+
+def _mean_logit(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """The mean of each row's logits, (…, N, 1) float32, of q (…, N, C') and k (…, M, C')."""
+    return torch.matmul(q, k.mean(-2, keepdim=True).transpose(-2, -1)).float() * scale
+
+
+def _is_spread(q: Tensor, k: Tensor, total: Tensor, scale: float) -> bool:
+    return _lies_apart(total.unsqueeze(-1), _mean_logit(q, k, scale))
+
+
+def _lies_apart(total: Tensor, mean: Tensor) -> bool:
+    """Whether many rows' weights reach from 1 down to denormal numbers."""
+    return bool((total - mean > SPREAD).float().mean() > SPREAD_ROWS)
+
+
+def _weighty_logit(num_keys: int, total: Tensor, mean: Tensor) -> Tensor:
     """For each row a logit near those that weigh in its softmax, (B, N, 1).
 
     Logits with mean m and variance s² have, where they are spread normally, the logarithm
     ``total`` = m + s²/2 + log M of the sum of their exponentials, and m + s² as their mean by weight.
     Whatever the spread, m is at most total - log M, and no logit is larger than total.
     """
-    mean = torch.bmm(q, k.mean(1, keepdim=True).transpose(1, 2)).float() * scale
-    centre = 2 * (total - math.log(k.shape[1])) - mean
-    return torch.minimum(centre, total).to(q.dtype)
+    return torch.minimum(2 * (total - math.log(num_keys)) - mean, total)

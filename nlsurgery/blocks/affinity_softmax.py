@@ -9,10 +9,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nlsurgery.blocks.affinity import apply_map, softmax_map, without_autocast
+from nlsurgery.blocks.affinity import accumulator, apply_map, softmax_map, without_autocast
 from nlsurgery.blocks.affinity_fused import fused_attend
 from nlsurgery.blocks.affinity_tiles import tiled_attend
-from nlsurgery.blocks.geometry import is_recorded
+from nlsurgery.blocks.geometry import takes_plain_operators
+
+#: Below so many logits a map is not looked at: products with denormal weights do not take long either.
+FEW_LOGITS = 1 << 18
+#: Batch items, and rows of the logits of each, that are looked at.
+SAMPLED_ITEMS, SAMPLED_ROWS = 2, 4
+#: How far below a row's largest logit weights are denormal numbers, or their gradients: so far, give or take.
+DENORMAL = (90.0, 15.0)
+#: The share of such weights which makes a product noticeably slower.
+NOTICEABLE = 5e-4
 
 
 def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> Tensor:
@@ -28,7 +37,7 @@ def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> 
     Returns:
         (B, N, V) in the dtype of ``v``.
     """
-    if form == "explicit" or is_recorded():
+    if form == "explicit" or takes_plain_operators():
         return apply_map(softmax_map(q, k, scale), v)
     with without_autocast(q):
         if form == "fused" or torch.compiler.is_compiling():
@@ -40,3 +49,31 @@ def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> 
 def fits(num_keys: int, value_size: int) -> bool:
     """Whether an N×M tensor may be kept: no larger than the four projections, and in the cache."""
     return num_keys <= min(1024, 4 * value_size)
+
+
+def has_denormal_weights(q: Tensor, k: Tensor, scale: float) -> bool:
+    """Whether many weights of softmax_j(scale · q_i · k_j) are denormal numbers, in some rows of it.
+
+    A product with those takes up to 25 times as long on a CPU. Never so where values cannot be read
+    (in a graph, on another device, under ``torch.func.vmap``).
+
+    Args:
+        q: (B, N, C') queries.
+        k: (B, M, C') keys.
+        scale: The factor on the logits.
+    """
+    batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or takes_plain_operators():
+        return False
+    if accumulator(q.dtype) != torch.float32 or batch * num_queries * num_keys < FEW_LOGITS:
+        return False
+    items = slice(None, None, -(-batch // SAMPLED_ITEMS))
+    rows = slice(None, None, -(-num_queries // SAMPLED_ROWS))
+    with torch.no_grad(), without_autocast(q):
+        logits = torch.bmm(q[items, rows].float(), k[items].float().transpose(1, 2)).mul_(scale)
+        below = logits.amax(-1, keepdim=True) - logits
+        count = below.sub_(DENORMAL[0]).abs_().lt(DENORMAL[1]).sum()
+    try:
+        return bool(count > NOTICEABLE * below.numel())
+    except RuntimeError:
+        return False

@@ -21,6 +21,8 @@ READABLE = ("cpu",)
 #: Logits in a tile on those (8 MB in float32), and the keys of a tile with as many logits.
 TILE = 1 << 21
 TILE_KEYS = 1 << 11
+#: Rows and columns of a tile are a multiple of so many: a product of others takes up to a tenth longer.
+EVEN = 64
 #: Logits up to this one, none below twice its negative, need no shift: exponentials are far from
 #: overflow and underflow.
 NEAR = 40.0
@@ -43,8 +45,8 @@ def tiles(
     rows = max(TILE // TILE_KEYS, TILE // max(1, num_keys))
     width = max(TILE_KEYS, TILE // max(1, min(rows, num_queries)))
     together = TILE // max(1, num_queries * num_keys)
-    upper = [(b, i) for b in pieces(batch, together) for i in pieces(num_queries, rows)]
-    return upper, list(pieces(num_keys, width))
+    upper = [(b, i) for b in pieces(batch, together) for i in pieces(num_queries, rows, EVEN)]
+    return upper, list(pieces(num_keys, width, EVEN))
 
 
 def tiled_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -92,7 +94,7 @@ class _Tiled(torch.autograd.Function):
             return *softmax_gradients(q, k, v, ctx.scale, dy), None
         dtype = accumulator(q.dtype)
         queries, keys, values, dy = (t.to(dtype) for t in (q, k, v, dy))
-        found = _gradients(queries, keys, values, y, dy, total, ctx.near, ctx.scale)
+        found = tiled_gradients(queries, keys, values, y, dy, total, ctx.scale, ctx.near)
         return *(g.to(t.dtype) for g, t in zip(found, (q, k, v), strict=True)), None
 
 
@@ -168,15 +170,15 @@ def _logits(q: Tensor, k: Tensor, scale: float, workspace: Workspace) -> Tensor:
     return out if scale == 1.0 else out.mul_(scale)
 
 
-def _gradients(
+def tiled_gradients(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     y: Tensor,
     dy: Tensor,
     total: Tensor,
-    near: list[bool],
     scale: float,
+    near: list[bool] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v.
 
@@ -187,13 +189,13 @@ def _gradients(
         y: (B, N, V) result.
         dy: (B, N, V) its gradient.
         total: (B, N, 1) logarithm of each row's sum of exponentials.
-        near: Whether the logits of each row of tiles needed no shift.
         scale: The factor on the logits.
+        near: Whether the logits of each row of tiles needed no shift; ``None`` where it is not known.
     """
     dq, dk, dv = (empty_as(t, t.shape[1]).zero_() for t in (q, k, v))
     rows, columns = tiles(q.shape[0], q.shape[1], k.shape[1], q.device.type)
     first, second = Workspace(q, q.dtype, "logits"), Workspace(q, q.dtype, "gradients")
-    for (b, i), unshifted in zip(rows, near, strict=True):
+    for (b, i), unshifted in zip(rows, near or [False] * len(rows), strict=True):
         upstream, row_total = dy[b, i], total[b, i]
         # Of softmax: ds = p (dp - Σ_j p_j dp_j), and Σ_j p_j dp_j = y · dy.
         mean = upstream.mul(y[b, i]).sum(-1, keepdim=True).neg_()

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from nlsurgery.blocks.affinity import SOFTMAX_MODES
 from nlsurgery.blocks.affinity_concat import concatenation_attend
 from nlsurgery.blocks.affinity_dot import dot_product_attend
-from nlsurgery.blocks.affinity_softmax import softmax_attend
-from nlsurgery.blocks.choose import choose_implementation
+from nlsurgery.blocks.affinity_softmax import has_denormal_weights, softmax_attend
+from nlsurgery.blocks.choose import WITHOUT_DENORMALS, choose_implementation
 from nlsurgery.blocks.geometry import to_map, to_tokens, working_dtype
 from nlsurgery.blocks.memory_format import to_channels_last
 from nlsurgery.blocks.residual import convolve, is_plain
@@ -84,6 +85,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, implementat
             dtype=v.dtype,
             device_type=v.device.type,
         )
+        if (
+            form == "explicit"
+            and mode in SOFTMAX_MODES
+            and has_denormal_weights(queries, keys, scale)
+        ):
+            form = WITHOUT_DENORMALS[v.dtype]
     if mode == "dot_product":
         y = dot_product_attend(queries, keys, values, form)
     elif mode == "concatenation":

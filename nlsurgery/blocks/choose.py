@@ -29,6 +29,12 @@ FUSED_CHANNELS = 128
 SMALL_MAPS = 1 << 18
 #: Up to so many keys, a bfloat16 map on a CPU is formed by plain operations.
 SMALL_MAP = 128
+#: What takes the place of ``explicit`` on a CPU where weights are denormal numbers, by dtype.
+WITHOUT_DENORMALS = {
+    torch.float32: "chunked",
+    torch.float16: "chunked",
+    torch.bfloat16: "fused",
+}
 #: What a graph is made with: a choice by size would fix the sizes of a dynamic one.
 _TRACED = {
     "gaussian": "fused",

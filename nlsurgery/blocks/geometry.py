@@ -22,11 +22,21 @@ CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def is_recorded() -> bool:
-    """Whether ``torch.jit.trace`` or ONNX export records operators: no autograd function of ours then."""
+def takes_plain_operators() -> bool:
+    """Whether ``torch.jit.trace`` or ONNX export records operators, or ``torch.func`` transforms them.
+
+    An autograd function of ours could not be recorded or transformed.
+    """
+    if torch.compiler.is_compiling():
+        return torch.onnx.is_in_onnx_export()
     if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
         return True
-    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
+    return is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether a ``torch.func`` transform runs, outside a graph."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def pointwise(in_channels: int, out_channels: int, dims: int, *, bias: bool = True) -> nn.Module:
@@ -133,4 +143,4 @@ def _is_channels_last(x: Tensor, channels: int) -> bool:
     # memory format by which torch chooses its convolutions, forward and backward.
     if torch.compiler.is_compiling() or x.stride(channels) != 1:
         return False
-    return not is_recorded()
+    return not takes_plain_operators()

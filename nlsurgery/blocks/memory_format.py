@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlsurgery.blocks.geometry import CHANNELS_LAST, is_recorded, to_map
+from nlsurgery.blocks.geometry import CHANNELS_LAST, is_transformed, takes_plain_operators, to_map
 
 #: Rows of so many values or fewer share sets of a cache where they have a multiple of 64, longer ones
 #: where they have a multiple of 128.
@@ -36,9 +36,10 @@ def transposed(x: Tensor) -> Tensor:
 def to_channels_last(x: Tensor) -> Tensor:
     """(B, C, *spatial) with channels last in memory; its gradient comes back channels first.
 
-    Maps of 2 or 3 spatial dimensions; others are returned as they are.
+    Maps of 2 or 3 spatial dimensions; others are returned as they are, and all under ``torch.func``,
+    whose ``vmap`` knows no memory formats.
     """
-    if x.dim() not in CHANNELS_LAST:
+    if x.dim() not in CHANNELS_LAST or is_transformed():
         return x
     if _is_worth_it(x) and x.is_contiguous():
         return _Transposed.apply(x, True)  # type: ignore[no-any-return]
@@ -63,7 +64,7 @@ def to_format_of(z: Tensor, x: Tensor) -> Tensor:
 
 
 def _is_worth_it(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or is_recorded():
+    if torch.compiler.is_compiling() or takes_plain_operators():
         return False
     return x.device.type == "cpu" and x.numel() >= MANY_VALUES
 

@@ -133,6 +133,16 @@ def test_tiles_cover_every_logit_once(monkeypatch, sizes, device_type):
     assert bool((seen == 1).all())
 
 
+def test_tiles_of_a_large_map_have_even_sides():
+    rows, columns = tiles(1, 16700, 16700, "cpu")
+    queries, keys = [i for _, i in rows], columns
+    for sides, most in ((queries, 1024), (keys, 2048)):
+        widths = [side.stop - side.start for side in sides]
+        assert sum(widths) == 16700
+        assert max(widths) <= most
+        assert all(width % affinity_tiles.EVEN == 0 for width in widths[:-1])
+
+
 @pytest.mark.usefixtures("tiny_chunks")
 @pytest.mark.parametrize("readable", [("cpu",), ()], ids=["by need", "one tile a row"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
