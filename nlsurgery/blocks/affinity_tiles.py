@@ -77,7 +77,7 @@ class _Tiled(torch.autograd.Function):
         workspace = Workspace(q, dtype, "logits")
         ctx.near = []
         for b, i in rows:
-            row = _Row(queries[b, i], scale, workspace)
+            row = _Row(_scaled(queries[b, i], scale), workspace)
             for j in columns:
                 row.add(keys[b, j], values[b, j], y[b, i])
             total[b, i] = row.finish(y[b, i])
@@ -101,15 +101,15 @@ class _Tiled(torch.autograd.Function):
 class _Row:
     """The attention of some queries, gathered over tiles of keys."""
 
-    def __init__(self, q: Tensor, scale: float, workspace: Workspace) -> None:
-        self.q, self.scale, self.workspace = q, scale, workspace
+    def __init__(self, q: Tensor, workspace: Workspace) -> None:
+        self.q, self.workspace = q, workspace
         #: (B, rows, 1): what is subtracted from logits, and the sum of their exponentials so far.
         self.shift: Tensor | None = None
         self.total: Tensor | None = None
 
     def add(self, k: Tensor, v: Tensor, y: Tensor) -> None:
         """Add a tile's part of Σ_j exp(logit - shift) v_j to ``y``, and of the sum to the total."""
-        logits = _logits(self.q, k, self.scale, self.workspace)
+        logits = _logits(self.q, k, self.workspace)
         if self.total is None:
             peak = logits.amax(-1, keepdim=True)
             if not (_is_readable(peak) and _is_near(peak) and bool(logits.min() >= -2 * NEAR)):
@@ -118,7 +118,7 @@ class _Row:
         else:
             summed = self._summed(logits)
             if bool(summed.max() > LARGE_SUM):
-                self._raise(_logits(self.q, k, self.scale, self.workspace), y)
+                self._raise(_logits(self.q, k, self.workspace), y)
             else:
                 self.total.add_(summed)
         add_product(y, logits, v, 1.0)
@@ -163,11 +163,14 @@ def _exponentials(logits: Tensor, shift: Tensor | None) -> Tensor:
     return logits.exp_()
 
 
-def _logits(q: Tensor, k: Tensor, scale: float, workspace: Workspace) -> Tensor:
-    """scale · q kᵀ; it holds until the workspace's next use."""
+def _scaled(q: Tensor, scale: float) -> Tensor:
+    return q if scale == 1.0 else q * scale
+
+
+def _logits(q: Tensor, k: Tensor, workspace: Workspace) -> Tensor:
+    """q kᵀ, of scaled queries; it holds until the workspace's next use."""
     out = workspace.take(*q.shape[:2], k.shape[1])
-    torch.bmm(q, k.transpose(1, 2), out=out)
-    return out if scale == 1.0 else out.mul_(scale)
+    return torch.bmm(q, k.transpose(1, 2), out=out)
 
 
 def tiled_gradients(
@@ -196,7 +199,7 @@ def tiled_gradients(
     rows, columns = tiles(q.shape[0], q.shape[1], k.shape[1], q.device.type)
     first, second = Workspace(q, q.dtype, "logits"), Workspace(q, q.dtype, "gradients")
     for (b, i), unshifted in zip(rows, near or [False] * len(rows), strict=True):
-        upstream, row_total = dy[b, i], total[b, i]
+        queries, upstream, row_total = _scaled(q[b, i], scale), dy[b, i], total[b, i]
         # Of softmax: ds = p (dp - Σ_j p_j dp_j), and Σ_j p_j dp_j = y · dy.
         mean = upstream.mul(y[b, i]).sum(-1, keepdim=True).neg_()
         shift = None
@@ -207,11 +210,11 @@ def tiled_gradients(
         else:
             shift = row_total
         for j in columns:
-            p = _exponentials(_logits(q[b, i], k[b, j], scale, first), shift)
+            p = _exponentials(_logits(queries, k[b, j], first), shift)
             add_product(dv[b, j], p.transpose(1, 2), upstream, 1.0)
             ds = second.take(*p.shape)
             torch.baddbmm(mean, upstream, v[b, j].transpose(1, 2), out=ds)
             ds.mul_(p)
             add_product(dq[b, i], ds, k[b, j], scale)
-            add_product(dk[b, j], ds.transpose(1, 2), q[b, i], scale)
+            add_product(dk[b, j], ds.transpose(1, 2), queries, 1.0)
     return dq, dk, dv
