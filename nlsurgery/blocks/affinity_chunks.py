@@ -102,7 +102,7 @@ def gradients_over_chunks(
         gather = add_product
     else:
         dk, dv = (empty_as(t, t.shape[1]) for t in (k, v))
-        gather = _set_product
+        gather = set_product
     workspace = Workspace(q, q.dtype, "gradients")
     for b, i in chunks(q.shape[0], q.shape[1], k.shape[1], q.itemsize):
         p = weights(b, i)
@@ -110,7 +110,7 @@ def gradients_over_chunks(
         dp = workspace.take(*p.shape)
         torch.bmm(dy[b, i], v[b].transpose(1, 2), out=dp)
         ds = _softmax_backward(dp, p, -1, q.dtype, grad_input=dp)
-        _set_product(dq[b, i], ds, k[b], scale)
+        set_product(dq[b, i], ds, k[b], scale)
         gather(dk[b], ds.transpose(1, 2), gathered(q[b, i]), scale)
     return dq, dk, dv
 
@@ -170,7 +170,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
         part.add_(added, alpha=factor)
 
 
-def _set_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
+def set_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
     """Set ``total`` to factor · a b."""
     total, first, second = _in_order(total, a, b)
     torch.bmm(first, second, out=total)

@@ -2,7 +2,7 @@
 
 Every form gives the same numbers up to rounding. The thresholds are where the measured times of
 ``benchmarks/results/operators_cpu.md`` cross, bounded by memory: an N×M tensor is only ever kept
-where it is smaller than the block's own projections, or small (:data:`SMALL_MAP`,
+where it is at most twice the block's own projections, or small (:data:`SMALL_MAP`,
 :data:`SMALL_MAPS`).
 """
 

@@ -8,7 +8,15 @@ import warnings
 import pytest
 import torch
 
-from nlsurgery.blocks import NonLocal, SelfAttention, affinity_chunks, affinity_tiles, residual
+from nlsurgery.blocks import (
+    NonLocal,
+    SelfAttention,
+    affinity_chunks,
+    affinity_softmax,
+    affinity_tiles,
+    residual,
+)
+from nlsurgery.blocks.affinity import plain_attend
 from nlsurgery.blocks.affinity_chunks import chunks
 from nlsurgery.blocks.affinity_concat import _triangular_sums as triangular_sums
 from nlsurgery.blocks.affinity_concat import concatenation_attend, running_sums
@@ -131,6 +139,47 @@ def test_tiles_cover_every_logit_once(monkeypatch, sizes, device_type):
     for row, column in itertools.product(rows, columns):
         seen[(*row, column)] += 1
     assert bool((seen == 1).all())
+
+
+@pytest.mark.parametrize("num_bytes", [1 << 24, 8 * 64 * 70], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize("channels_first", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_the_explicit_form_of_many_logits(monkeypatch, dtype, scale, channels_first, num_bytes):
+    monkeypatch.setattr(affinity_softmax, "OWN_LOGITS", 0)
+    monkeypatch.setattr(affinity_softmax, "OWN_LOGITS_FORWARD", 0)
+    monkeypatch.setattr(affinity_chunks, "CHUNK_BYTES", num_bytes)
+    sizes = ((2, 90, 4), (2, 70, 4), (2, 70, 6))
+    operands = [tokens(*size, seed=seed).detach() for seed, size in enumerate(sizes)]
+    dy = tokens(2, 90, 6, seed=3).detach()
+    if channels_first:
+        operands = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in operands]
+        dy = dy.transpose(1, 2).contiguous().transpose(1, 2)
+    exact = [t.requires_grad_() for t in operands]
+    rounded = [t.detach().to(dtype).requires_grad_() for t in operands]
+    y = softmax_attend(*rounded, scale, "explicit")
+    assert type(y.grad_fn).__name__ == "_ExplicitBackward"
+    assert y.is_contiguous() != channels_first
+    expected = plain_attend(*exact, scale)
+    found = torch.autograd.grad(y, rounded, dy.to(dtype))
+    wanted = torch.autograd.grad(expected, exact, dy)
+    tolerance = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3}[dtype]
+    for one, other in zip((y, *found), (expected, *wanted), strict=True):
+        assert one.dtype == dtype
+        assert (one - other).norm() < tolerance * other.norm()
+    with torch.no_grad():
+        assert torch.equal(softmax_attend(*rounded, scale, "explicit"), y)
+
+
+def test_the_explicit_form_of_many_logits_can_be_differentiated_again(monkeypatch):
+    monkeypatch.setattr(affinity_softmax, "OWN_LOGITS", 0)
+    operands = [tokens(1, 5, 3, seed=seed).double() for seed in range(3)]
+
+    def attended(*operands):
+        return softmax_attend(*operands, 0.7, "explicit")
+
+    assert torch.autograd.gradcheck(attended, operands)
+    assert torch.autograd.gradgradcheck(attended, operands)
 
 
 def test_tiles_of_a_large_map_have_even_sides():
@@ -310,6 +359,8 @@ def test_a_form_that_the_mode_lacks_is_an_error(mode, form):
         ("embedded_gaussian", 9000, 128, 128, "fused"),
         ("embedded_gaussian", 784, 64, 64, "fused"),
         ("embedded_gaussian", 784, 64, 32, "chunked"),
+        ("embedded_gaussian", 784, 128, 128, "explicit"),
+        ("embedded_gaussian", 1100, 128, 128, "fused"),
         ("embedded_gaussian", 400, 64, 64, "explicit"),
         ("embedded_gaussian", 4096, 32, 256, "chunked"),
         ("gaussian", 4096, 512, 256, "chunked"),
@@ -326,11 +377,11 @@ def test_the_choice_on_cpu_in_float32(mode, num_keys, head_size, value_size, exp
 
 
 def test_a_batch_of_maps_is_not_a_small_map():
-    sizes = {"num_queries": 400, "num_keys": 400, "head_size": 64, "value_size": 64}
+    sizes = {"num_queries": 400, "num_keys": 400, "head_size": 32, "value_size": 32}
     assert choose_implementation("embedded_gaussian", batch=8, **sizes) == "fused"
-    block = NonLocal(128)
-    assert block.chosen_implementation((1, 128, 20, 20)) == "explicit"
-    assert block.chosen_implementation((8, 128, 20, 20)) == "fused"
+    block = NonLocal(64)
+    assert block.chosen_implementation((1, 64, 20, 20)) == "explicit"
+    assert block.chosen_implementation((8, 64, 20, 20)) == "fused"
 
 
 @pytest.mark.parametrize("head_size", [64, 512])
