@@ -1,4 +1,4 @@
-"""Gradients of softmax attention in bfloat16 over chunks of queries, and the products into sums."""
+"""Gradients of softmax attention over chunks of queries whose weights are given, and products into sums."""
 
 from __future__ import annotations
 

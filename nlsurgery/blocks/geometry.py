@@ -29,9 +29,8 @@ def takes_plain_operators() -> bool:
     """
     if torch.compiler.is_compiling():
         return torch.onnx.is_in_onnx_export()
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return True
-    return is_transformed()
+    transformed = torch._C._are_functorch_transforms_active()
+    return transformed or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, no-any-return]
 
 
 def is_transformed() -> bool:

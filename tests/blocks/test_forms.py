@@ -12,7 +12,7 @@ from nlsurgery.blocks import (
     NonLocal,
     SelfAttention,
     affinity_chunks,
-    affinity_softmax,
+    affinity_explicit,
     affinity_tiles,
     residual,
 )
@@ -146,8 +146,8 @@ def test_tiles_cover_every_logit_once(monkeypatch, sizes, device_type):
 @pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_the_explicit_form_of_many_logits(monkeypatch, dtype, scale, channels_first, num_bytes):
-    monkeypatch.setattr(affinity_softmax, "OWN_LOGITS", 0)
-    monkeypatch.setattr(affinity_softmax, "OWN_LOGITS_FORWARD", 0)
+    monkeypatch.setattr(affinity_explicit, "OWN_LOGITS", 0)
+    monkeypatch.setattr(affinity_explicit, "OWN_LOGITS_FORWARD", 0)
     monkeypatch.setattr(affinity_chunks, "CHUNK_BYTES", num_bytes)
     sizes = ((2, 90, 4), (2, 70, 4), (2, 70, 6))
     operands = [tokens(*size, seed=seed).detach() for seed, size in enumerate(sizes)]
@@ -172,7 +172,7 @@ def test_the_explicit_form_of_many_logits(monkeypatch, dtype, scale, channels_fi
 
 
 def test_the_explicit_form_of_many_logits_can_be_differentiated_again(monkeypatch):
-    monkeypatch.setattr(affinity_softmax, "OWN_LOGITS", 0)
+    monkeypatch.setattr(affinity_explicit, "OWN_LOGITS", 0)
     operands = [tokens(1, 5, 3, seed=seed).double() for seed in range(3)]
 
     def attended(*operands):

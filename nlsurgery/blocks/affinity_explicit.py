@@ -1,0 +1,82 @@
+"""Softmax attention with the map formed and kept: for few keys, and where graphs are recorded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nlsurgery.blocks.affinity import accumulator, apply_map, softmax_gradients, softmax_map
+from nlsurgery.blocks.affinity_chunks import (
+    Workspace,
+    chunks,
+    empty_as,
+    gradients_over_chunks,
+    set_product,
+)
+from nlsurgery.blocks.geometry import takes_plain_operators
+
+#: From so many logits on a function of our own is faster than plain operations on a CPU: where there is
+#: a backward, and where there is none.
+OWN_LOGITS, OWN_LOGITS_FORWARD = 1 << 18, 1 << 22
+
+
+def explicit_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Σ_j softmax_j(scale · q_i · k_j) v_j with the map formed, without autocast.
+
+    Args:
+        q: (B, N, C') queries.
+        k: (B, M, C') keys.
+        v: (B, M, V) values.
+        scale: The factor on the logits.
+
+    Returns:
+        (B, N, V) in the dtype of ``v``.
+    """
+    has_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if _is_plain(q, k, has_backward):
+        return apply_map(softmax_map(q, k, scale), v)
+    return _Explicit.apply(q, k, v, scale, has_backward)  # type: ignore[no-any-return]
+
+
+def _is_plain(q: Tensor, k: Tensor, has_backward: bool) -> bool:
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or takes_plain_operators():
+        return True
+    limit = OWN_LOGITS if has_backward else OWN_LOGITS_FORWARD
+    return q.shape[0] * q.shape[1] * k.shape[1] < limit
+
+
+class _Explicit(torch.autograd.Function):
+    """The map formed and kept, on a CPU: its memory and its order are chosen, forward and backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, has_backward: bool
+    ) -> Tensor:
+        dtype = accumulator(q.dtype)
+        queries, keys, values = (t.to(dtype) for t in (q, k, v))
+        queries = queries if scale == 1.0 else queries * scale
+        batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
+        workspace = Workspace(q, dtype, "logits")
+        kept = queries.new_empty(batch, num_queries, num_keys) if has_backward else None
+        y = empty_as(values, num_queries)
+        for b, i in chunks(batch, num_queries, num_keys, queries.itemsize):
+            rows = queries[b, i]
+            out = workspace.take(*rows.shape[:2], num_keys) if kept is None else kept[b, i]
+            torch.bmm(rows, keys[b].transpose(1, 2), out=out)
+            torch.softmax(out, dim=-1, out=out)
+            set_product(y[b, i], out, values[b], 1.0)
+        if kept is not None:
+            ctx.save_for_backward(q, k, v, kept)
+            ctx.scale = scale
+        return y.to(v.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        q, k, v, kept = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *softmax_gradients(q, k, v, ctx.scale, dy), None, None
+        queries, keys, values, dy = (t.to(kept.dtype) for t in (q, k, v, dy))
+        found = gradients_over_chunks(queries, keys, values, ctx.scale, dy, lambda b, i: kept[b, i])
+        return *(g.to(t.dtype) for g, t in zip(found, (q, k, v), strict=True)), None, None
