@@ -52,6 +52,11 @@ def differentiable_gradients(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) ->
     return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)
 
 
+def scaled(q: Tensor, scale: float) -> Tensor:
+    """``scale · q``; ``q`` itself where that is the same."""
+    return q if scale == 1.0 else q * scale
+
+
 @torch.fx.wrap
 def softmax_map(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """softmax_j(scale · q_i · k_j).
@@ -68,8 +73,7 @@ def softmax_map(q: Tensor, k: Tensor, scale: float) -> Tensor:
         dtype = accumulator(q.dtype)
         if q.dtype != dtype:
             q, k = q.to(dtype), k.to(dtype)
-        queries = q if scale == 1.0 else q * scale
-        return torch.bmm(queries, k.transpose(1, 2)).softmax(dim=-1)
+        return torch.bmm(scaled(q, scale), k.transpose(1, 2)).softmax(dim=-1)
 
 
 @torch.fx.wrap

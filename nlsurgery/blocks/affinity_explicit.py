@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlsurgery.blocks.affinity import accumulator, apply_map, softmax_gradients, softmax_map
+from nlsurgery.blocks.affinity import accumulator, apply_map, scaled, softmax_gradients, softmax_map
 from nlsurgery.blocks.affinity_chunks import (
     Workspace,
     chunks,
@@ -15,7 +15,7 @@ from nlsurgery.blocks.affinity_chunks import (
     gradients_over_chunks,
     set_product,
 )
-from nlsurgery.blocks.geometry import takes_plain_operators
+from nlsurgery.blocks.geometry import is_eager
 
 #: From so many logits on a function of our own is faster than plain operations on a CPU: where there is
 #: a backward, and where there is none.
@@ -41,7 +41,7 @@ def explicit_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _is_plain(q: Tensor, k: Tensor, has_backward: bool) -> bool:
-    if q.device.type != "cpu" or torch.compiler.is_compiling() or takes_plain_operators():
+    if q.device.type != "cpu" or not is_eager():
         return True
     limit = OWN_LOGITS if has_backward else OWN_LOGITS_FORWARD
     return q.shape[0] * q.shape[1] * k.shape[1] < limit
@@ -56,7 +56,7 @@ class _Explicit(torch.autograd.Function):
     ) -> Tensor:
         dtype = accumulator(q.dtype)
         queries, keys, values = (t.to(dtype) for t in (q, k, v))
-        queries = queries if scale == 1.0 else queries * scale
+        queries = scaled(queries, scale)
         batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
         workspace = Workspace(q, dtype, "logits")
         kept = queries.new_empty(batch, num_queries, num_keys) if has_backward else None

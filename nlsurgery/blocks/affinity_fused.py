@@ -22,7 +22,7 @@ from nlsurgery.blocks.affinity_chunks import (
     like,
 )
 from nlsurgery.blocks.affinity_tiles import FLOOR, tiled_gradients
-from nlsurgery.blocks.geometry import is_transformed, takes_plain_operators
+from nlsurgery.blocks.geometry import is_eager, is_transformed, takes_plain_operators
 
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -62,10 +62,8 @@ def fused_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _takes_own_function(q: Tensor, k: Tensor) -> bool:
-    if torch.compiler.is_compiling() or takes_plain_operators():
-        return False
     # torch's kernel divides by zero where there is nothing.
-    return q.device.type == "cpu" and q.numel() > 0 and k.numel() > 0
+    return is_eager() and q.device.type == "cpu" and q.numel() > 0 and k.numel() > 0
 
 
 def _takes_own_operator(q: Tensor) -> bool:

@@ -14,7 +14,7 @@ from nlsurgery.blocks.affinity import accumulator, without_autocast
 from nlsurgery.blocks.affinity_explicit import explicit_attend
 from nlsurgery.blocks.affinity_fused import fused_attend
 from nlsurgery.blocks.affinity_tiles import tiled_attend
-from nlsurgery.blocks.geometry import takes_plain_operators
+from nlsurgery.blocks.geometry import is_eager, takes_plain_operators
 
 #: Below so many logits a map is not looked at: products with denormal weights do not take long either.
 FEW_LOGITS = 1 << 18
@@ -57,7 +57,7 @@ def has_denormal_weights(q: Tensor, k: Tensor, scale: float) -> bool:
     """Whether many weights of softmax_j(scale · q_i · k_j) are denormal numbers, in some rows of it.
 
     A product with those takes up to 25 times as long on a CPU. Never so where values cannot be read
-    (in a graph, on another device, under ``torch.func.vmap``).
+    (in a graph, on another device, under ``torch.func.vmap``, of fake tensors).
 
     Args:
         q: (B, N, C') queries.
@@ -65,7 +65,7 @@ def has_denormal_weights(q: Tensor, k: Tensor, scale: float) -> bool:
         scale: The factor on the logits.
     """
     batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
-    if q.device.type != "cpu" or torch.compiler.is_compiling() or takes_plain_operators():
+    if q.device.type != "cpu" or not is_eager():
         return False
     if accumulator(q.dtype) != torch.float32 or batch * num_queries * num_keys < FEW_LOGITS:
         return False

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlsurgery.blocks.affinity import accumulator, softmax_gradients
+from nlsurgery.blocks.affinity import accumulator, scaled, softmax_gradients
 from nlsurgery.blocks.affinity_chunks import Workspace, add_product, chunks, empty_as, pieces
 
 #: Devices on which a look at a value does not wait for what was begun before.
@@ -77,7 +77,7 @@ class _Tiled(torch.autograd.Function):
         workspace = Workspace(q, dtype, "logits")
         ctx.near = []
         for b, i in rows:
-            row = _Row(_scaled(queries[b, i], scale), workspace)
+            row = _Row(scaled(queries[b, i], scale), workspace)
             for j in columns:
                 row.add(keys[b, j], values[b, j], y[b, i])
             total[b, i] = row.finish(y[b, i])
@@ -163,10 +163,6 @@ def _exponentials(logits: Tensor, shift: Tensor | None) -> Tensor:
     return logits.exp_()
 
 
-def _scaled(q: Tensor, scale: float) -> Tensor:
-    return q if scale == 1.0 else q * scale
-
-
 def _logits(q: Tensor, k: Tensor, workspace: Workspace) -> Tensor:
     """q kᵀ, of scaled queries; it holds until the workspace's next use."""
     out = workspace.take(*q.shape[:2], k.shape[1])
@@ -199,7 +195,7 @@ def tiled_gradients(
     rows, columns = tiles(q.shape[0], q.shape[1], k.shape[1], q.device.type)
     first, second = Workspace(q, q.dtype, "logits"), Workspace(q, q.dtype, "gradients")
     for (b, i), unshifted in zip(rows, near or [False] * len(rows), strict=True):
-        queries, upstream, row_total = _scaled(q[b, i], scale), dy[b, i], total[b, i]
+        queries, upstream, row_total = scaled(q[b, i], scale), dy[b, i], total[b, i]
         # Of softmax: ds = p (dp - Σ_j p_j dp_j), and Σ_j p_j dp_j = y · dy.
         mean = upstream.mul(y[b, i]).sum(-1, keepdim=True).neg_()
         shift = None

@@ -33,6 +33,11 @@ def takes_plain_operators() -> bool:
     return transformed or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, no-any-return]
 
 
+def is_eager() -> bool:
+    """Whether operators only run: nothing is compiled, recorded or transformed."""
+    return not (torch.compiler.is_compiling() or takes_plain_operators())
+
+
 def is_transformed() -> bool:
     """Whether a ``torch.func`` transform runs, outside a graph."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
@@ -140,6 +145,4 @@ def to_map(tokens: Tensor, spatial: Sequence[int]) -> Tensor:
 def _is_channels_last(x: Tensor, channels: int) -> bool:
     # Flattening (1, C, H, W) in the other order loses the stride of the batch, and with it the
     # memory format by which torch chooses its convolutions, forward and backward.
-    if torch.compiler.is_compiling() or x.stride(channels) != 1:
-        return False
-    return not takes_plain_operators()
+    return is_eager() and x.stride(channels) == 1

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlsurgery.blocks.geometry import CHANNELS_LAST, is_transformed, takes_plain_operators, to_map
+from nlsurgery.blocks.geometry import CHANNELS_LAST, is_eager, is_transformed, to_map
 
 #: Rows of so many values or fewer share sets of a cache where they have a multiple of 64, longer ones
 #: where they have a multiple of 128.
@@ -64,9 +64,7 @@ def to_format_of(z: Tensor, x: Tensor) -> Tensor:
 
 
 def _is_worth_it(x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or takes_plain_operators():
-        return False
-    return x.device.type == "cpu" and x.numel() >= MANY_VALUES
+    return is_eager() and x.device.type == "cpu" and x.numel() >= MANY_VALUES
 
 
 def _convert(x: Tensor, last: bool) -> Tensor:

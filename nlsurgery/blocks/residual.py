@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nlsurgery.blocks.geometry import CHANNELS_LAST, takes_plain_operators, working_dtype
+from nlsurgery.blocks.geometry import CHANNELS_LAST, is_eager, working_dtype
 from nlsurgery.blocks.memory_format import to_format_of
 from nlsurgery.blocks.norms import BatchNorm
 
@@ -87,7 +87,7 @@ def project_together(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
 
 def _joins(x: Tensor, projections: Sequence[nn.Module]) -> bool:
     # A choice by size would fix the sizes of a traced graph: it is left out there.
-    if torch.compiler.is_compiling() or takes_plain_operators():
+    if not is_eager():
         return False
     dtype = working_dtype(x)
     apart = dtype == torch.float32 and x.shape[0] > 1 and x.is_contiguous()
@@ -122,7 +122,7 @@ def finite(z: Tensor, fresh: bool = False) -> Tensor:
     Returns:
         The same shape, dtype and memory format, all values finite.
     """
-    if torch.compiler.is_compiling() or takes_plain_operators():
+    if not is_eager():
         return torch.nan_to_num(z, nan=0.0, posinf=0.0, neginf=0.0)
     if not (z.requires_grad and torch.is_grad_enabled()):
         replace = torch.nan_to_num_ if fresh else torch.nan_to_num
@@ -192,8 +192,7 @@ def _with_dense_gradient(z: Tensor) -> Tensor:
     if (
         not (z.requires_grad and z.device.type == "cpu")
         or z.numel() < DENSE_VALUES
-        or torch.compiler.is_compiling()
-        or takes_plain_operators()
+        or not is_eager()
     ):
         return z
     last = CHANNELS_LAST.get(z.dim(), torch.contiguous_format)
