@@ -127,7 +127,7 @@ class _Fused(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *softmax_gradients(q, k, v, ctx.scale, dy), None
         if ctx.chunked:
-            return *_fused_gradients(q, k, v, total, dy, ctx.scale), None
+            return *bfloat16_gradients(q, k, v, total, dy, ctx.scale), None
         if q.dtype == torch.float32 and _is_spread(q, k, total, ctx.scale):
             return *_spread_gradients(q, k, v, kept[0], dy, total, ctx.scale), None
         operands = _fusable_together(q, k, v)
@@ -154,7 +154,7 @@ def _operator_backward(
     q: Tensor, k: Tensor, v: Tensor, total: Tensor, dy: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The backward of :class:`_Fused` likewise."""
-    dq, dk, dv = (g.contiguous() for g in _fused_gradients(q, k, v, total, dy, scale))
+    dq, dk, dv = (g.contiguous() for g in bfloat16_gradients(q, k, v, total, dy, scale))
     return dq, dk, dv
 
 
@@ -183,7 +183,7 @@ def _fusable_together(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
     return [_fusable(_widened(t, size)) for t in (q, k, v)]
 
 
-def _fused_gradients(
+def bfloat16_gradients(
     q: Tensor, k: Tensor, v: Tensor, total: Tensor, dy: Tensor, scale: float
 ) -> tuple[Tensor, ...]:
     """The gradients of bfloat16 queries, keys and values over chunks of queries.
@@ -199,8 +199,8 @@ def _fused_gradients(
     shapes = q.shape, k.shape, v.shape
     q, k, v, dy = (t.flatten(0, 1) for t in (q, k, v, dy))
     total = total.flatten(0, 1).unsqueeze(2)
-    mean = _mean_logit(q, k, scale)
-    floor = FLOOR if _lies_apart(total, mean) else None
+    mean = mean_logit(q, k, scale)
+    floor = FLOOR if lies_apart(total, mean) else None
     shift = _weighty_logit(k.shape[1], total, mean).to(q.dtype).neg_()
     del mean
     operands = q, k, v, dy
@@ -238,16 +238,16 @@ def _spread_gradients(
     return [g.view(shape) for g, shape in zip(found, shapes, strict=True)]
 
 
-def _mean_logit(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def mean_logit(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """The mean of each row's logits, (…, N, 1) float32, of q (…, N, C') and k (…, M, C')."""
     return torch.matmul(q, k.mean(-2, keepdim=True).transpose(-2, -1)).float() * scale
 
 
 def _is_spread(q: Tensor, k: Tensor, total: Tensor, scale: float) -> bool:
-    return _lies_apart(total.unsqueeze(-1), _mean_logit(q, k, scale))
+    return lies_apart(total.unsqueeze(-1), mean_logit(q, k, scale))
 
 
-def _lies_apart(total: Tensor, mean: Tensor) -> bool:
+def lies_apart(total: Tensor, mean: Tensor) -> bool:
     """Whether many rows' weights reach from 1 down to denormal numbers."""
     return bool((total - mean > SPREAD).float().mean() > SPREAD_ROWS)
 

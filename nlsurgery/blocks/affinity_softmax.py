@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nlsurgery.blocks import products
 from nlsurgery.blocks.affinity import accumulator, without_autocast
 from nlsurgery.blocks.affinity_explicit import explicit_attend
 from nlsurgery.blocks.affinity_fused import fused_attend
+from nlsurgery.blocks.affinity_rows import row_attend
 from nlsurgery.blocks.affinity_tiles import tiled_attend
 from nlsurgery.blocks.geometry import is_eager, takes_plain_operators
 
@@ -45,6 +47,8 @@ def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> 
         if form == "fused" or torch.compiler.is_compiling():
             query, key, value = (tokens.unsqueeze(1) for tokens in (q, k, v))
             return fused_attend(query, key, value, scale).squeeze(1)
+        if products.are_by_onednn(q.dtype, q.device.type):
+            return row_attend(q, k, v, scale)
         return tiled_attend(q, k, v, scale)
 
 
@@ -65,7 +69,8 @@ def has_denormal_weights(q: Tensor, k: Tensor, scale: float) -> bool:
         scale: The factor on the logits.
     """
     batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
-    if q.device.type != "cpu" or not is_eager():
+    if q.device.type != "cpu" or not is_eager() or products.is_onednn_faster():
+        # Processors that oneDNN is faster on multiply denormal numbers at full speed.
         return False
     if accumulator(q.dtype) != torch.float32 or batch * num_queries * num_keys < FEW_LOGITS:
         return False

@@ -12,7 +12,7 @@ from nlsurgery.blocks.affinity import SOFTMAX_MODES
 from nlsurgery.blocks.affinity_concat import concatenation_attend
 from nlsurgery.blocks.affinity_dot import dot_product_attend
 from nlsurgery.blocks.affinity_softmax import has_denormal_weights, softmax_attend
-from nlsurgery.blocks.choose import WITHOUT_DENORMALS, choose_implementation
+from nlsurgery.blocks.choose import choose_implementation, without_denormals
 from nlsurgery.blocks.geometry import to_map, to_tokens, working_dtype
 from nlsurgery.blocks.memory_format import to_channels_last
 from nlsurgery.blocks.residual import convolve, is_plain
@@ -90,7 +90,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, implementat
             and mode in SOFTMAX_MODES
             and has_denormal_weights(queries, keys, scale)
         ):
-            form = WITHOUT_DENORMALS[v.dtype]
+            form = without_denormals(v.dtype)
     if mode == "dot_product":
         y = dot_product_attend(queries, keys, values, form)
     elif mode == "concatenation":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from nlsurgery.blocks import products
 from nlsurgery.blocks.affinity_dot import reassociation_pays
 from nlsurgery.blocks.affinity_softmax import fits
 from nlsurgery.blocks.geometry import choice
@@ -29,12 +30,8 @@ FUSED_CHANNELS = 128
 SMALL_MAPS = 1 << 18
 #: Up to so many keys, a bfloat16 map on a CPU is formed by plain operations.
 SMALL_MAP = 128
-#: What takes the place of ``explicit`` on a CPU where weights are denormal numbers, by dtype.
-WITHOUT_DENORMALS = {
-    torch.float32: "chunked",
-    torch.float16: "chunked",
-    torch.bfloat16: "fused",
-}
+#: Multiplications in a map's logits from which on they go by oneDNN, one batch item at a time.
+ONEDNN_PRODUCT = 1 << 23
 #: What a graph is made with: a choice by size would fix the sizes of a dynamic one.
 _TRACED = {
     "gaussian": "fused",
@@ -96,6 +93,8 @@ def choose_implementation(
         crossover = min(200, max(32, value_size // 2)) if device_type == "cpu" else 1024
         pays = num_queries * num_keys > crossover * (num_queries + num_keys)
         return "sorted" if pays else "explicit"
+    if products.are_by_onednn(dtype, device_type):
+        return _by_onednn(batch, num_queries, num_keys, head_size, value_size, dtype)
     if device_type == "cpu":
         if dtype == torch.bfloat16:
             # The others form float32 logits by float32 products, which only small maps do not notice.
@@ -109,3 +108,28 @@ def choose_implementation(
         # The backward of memory-efficient attention adds atomically.
         return "explicit" if num_keys <= value_size else "chunked"
     return "fused"
+
+
+def _by_onednn(
+    batch: int,
+    num_queries: int,
+    num_keys: int,
+    head_size: int,
+    value_size: int,
+    dtype: torch.dtype,
+) -> str:
+    if dtype == torch.bfloat16 and products.fuses_bfloat16():
+        return "explicit" if num_keys <= SMALL_MAP else "fused"
+    logits = batch * num_queries * num_keys
+    if dtype == torch.bfloat16:
+        # To keep the map saves backward a product, and weighs half as much as in float32.
+        small = fits(num_keys, value_size) or logits <= 4 * SMALL_MAPS
+    else:
+        small = fits(num_keys, value_size) or logits <= SMALL_MAPS
+        small = small and num_queries * num_keys * head_size < ONEDNN_PRODUCT
+    return "explicit" if small else "chunked"
+
+
+def without_denormals(dtype: torch.dtype) -> str:
+    """What takes the place of ``explicit`` on a CPU where weights are denormal numbers, by dtype."""
+    return "fused" if dtype == torch.bfloat16 and products.fuses_bfloat16() else "chunked"

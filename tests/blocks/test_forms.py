@@ -245,6 +245,7 @@ def test_training_keeps_no_pairwise_tensor(mode, sub_sample, dtype):
     assert sum(kept.values()) <= 1.3 * (inputs_outputs + projections)
 
 
+@pytest.mark.usefixtures("mkl")
 @pytest.mark.parametrize(
     ("head_size", "value_size", "side", "dtype", "fused"),
     [
@@ -349,6 +350,7 @@ def test_a_form_that_the_mode_lacks_is_an_error(mode, form):
         NonLocal(8, mode=mode, implementation=form)
 
 
+@pytest.mark.usefixtures("mkl")
 @pytest.mark.parametrize(
     ("mode", "num_keys", "head_size", "value_size", "expected"),
     [
@@ -376,6 +378,7 @@ def test_the_choice_on_cpu_in_float32(mode, num_keys, head_size, value_size, exp
     assert choose_implementation(mode, **sizes) == expected
 
 
+@pytest.mark.usefixtures("mkl")
 def test_a_batch_of_maps_is_not_a_small_map():
     sizes = {"num_queries": 400, "num_keys": 400, "head_size": 32, "value_size": 32}
     assert choose_implementation("embedded_gaussian", batch=8, **sizes) == "fused"
@@ -384,6 +387,7 @@ def test_a_batch_of_maps_is_not_a_small_map():
     assert block.chosen_implementation((8, 64, 20, 20)) == "fused"
 
 
+@pytest.mark.usefixtures("mkl")
 @pytest.mark.parametrize("head_size", [64, 512])
 @pytest.mark.parametrize(
     ("num_keys", "expected"), [(9000, "fused"), (196, "fused"), (49, "explicit")]

@@ -18,6 +18,8 @@ from nlsurgery.blocks.affinity_fused import fused_attend
 from nlsurgery.blocks.affinity_softmax import has_denormal_weights, softmax_attend
 from nlsurgery.blocks.attend import attend
 
+pytestmark = pytest.mark.usefixtures("mkl")
+
 SMALLEST = torch.finfo(torch.float32).smallest_normal
 COUNT, CHANNELS = 600, 16
 

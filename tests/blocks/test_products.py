@@ -1,0 +1,253 @@
+"""oneDNN's products, and the forms on processors where they are the fastest."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from nlsurgery.blocks import (
+    NonLocal,
+    affinity_explicit,
+    affinity_rows,
+    products,
+)
+from nlsurgery.blocks.affinity_explicit import explicit_attend
+from nlsurgery.blocks.affinity_softmax import has_denormal_weights, softmax_attend
+from nlsurgery.blocks.choose import choose_implementation, without_denormals
+from nlsurgery.blocks.products import product, product_and
+
+LAYOUTS = ("rows", "columns", "rows apart", "columns apart", "neither")
+
+
+def matrix(rows: int, columns: int, layout: str) -> Tensor:
+    """Random values (rows, columns) that lie in memory as ``layout`` says."""
+    shape = {
+        "rows": (rows, columns),
+        "columns": (columns, rows),
+        "rows apart": (rows, columns + 7),
+        "columns apart": (columns, rows + 7),
+        "neither": (rows, 2 * columns),
+    }[layout]
+    values = torch.randn(shape)
+    if layout == "neither":
+        return values[:, ::2]
+    if layout.startswith("columns"):
+        return values[:, :rows].t()
+    return values[:, :columns]
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(LAYOUTS, LAYOUTS)))
+def test_products_of_every_layout(first, second):
+    a, b = matrix(70, 33, first), matrix(50, 33, second)
+    bias, other = torch.randn(50), torch.randn(70, 50)
+    plain = a.double() @ b.double().t()
+    for found, expected in (
+        (product(a, b), plain),
+        (product(a, b, bias), plain + bias),
+        (product_and("add", other, a, b), plain + other),
+        (product_and("mul", other, a, b, bias), (plain + bias) * other),
+    ):
+        assert found.is_contiguous()
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("maker", "capability", "expected"),
+    [
+        ("vendor_id : AuthenticAMD", "AVX512", True),
+        ("vendor_id : AuthenticAMD", "AVX2", False),
+        ("vendor_id : GenuineIntel", "AVX512", False),
+        ("Intel64 Family 6 Model 143 Stepping 8, GenuineIntel", "AVX512", False),
+    ],
+)
+def test_the_processor_decides(monkeypatch, maker, capability, expected):
+    monkeypatch.setattr(products, "_maker", lambda: maker)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert products.is_onednn_faster.__wrapped__() == expected
+
+
+@pytest.mark.parametrize("has", [True, False])
+@pytest.mark.parametrize("faster", [True, False])
+def test_bfloat16_is_fused_unless_onednn_multiplies_it(monkeypatch, faster, has):
+    monkeypatch.setattr(products, "is_onednn_faster", lambda: faster)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
+    assert products.fuses_bfloat16.__wrapped__() == (not (faster and has))
+
+
+def test_the_maker_is_read_from_this_machine():
+    assert products._maker()
+
+
+@pytest.mark.usefixtures("onednn")
+def test_onednn_turned_off_is_not_used():
+    assert products.are_by_onednn(torch.float32, "cpu")
+    assert products.are_by_onednn(torch.bfloat16, "cpu")
+    assert not products.are_by_onednn(torch.float64, "cpu")
+    assert not products.are_by_onednn(torch.float32, "cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on the way torch asks for the state of other devices
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not products.are_by_onednn(torch.float32, "cpu")
+    assert products.are_by_onednn(torch.float32, "cpu")
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize(
+    ("dtype", "batch", "num_keys", "size", "expected"),
+    [
+        (torch.float32, 1, 784, 64, "chunked"),
+        (torch.float32, 8, 784, 256, "chunked"),
+        (torch.float32, 8, 196, 128, "explicit"),
+        (torch.float32, 8, 196, 512, "chunked"),
+        (torch.float32, 1, 3136, 64, "chunked"),
+        (torch.float32, 1, 600, 8, "chunked"),
+        (torch.float64, 1, 9000, 64, "fused"),
+        (torch.float16, 1, 9000, 64, "chunked"),
+        (torch.bfloat16, 1, 49, 64, "explicit"),
+        (torch.bfloat16, 1, 784, 64, "explicit"),
+        (torch.bfloat16, 8, 784, 256, "explicit"),
+        (torch.bfloat16, 8, 784, 64, "chunked"),
+        (torch.bfloat16, 1, 3136, 128, "chunked"),
+    ],
+)
+def test_the_choice(dtype, batch, num_keys, size, expected):
+    sizes = {"num_queries": num_keys, "num_keys": num_keys, "head_size": size, "value_size": size}
+    found = choose_implementation("embedded_gaussian", batch=batch, dtype=dtype, **sizes)
+    assert found == expected
+
+
+def test_bfloat16_is_fused_where_that_multiplies_it(monkeypatch, onednn):
+    monkeypatch.setattr(products, "fuses_bfloat16", lambda: True)
+    sizes = {"num_queries": 784, "num_keys": 784, "head_size": 64, "value_size": 64}
+    assert choose_implementation("gaussian", dtype=torch.bfloat16, **sizes) == "fused"
+    assert without_denormals(torch.bfloat16) == "fused"
+
+
+@pytest.mark.usefixtures("onednn")
+def test_denormal_weights_do_not_matter():
+    q, k = 20 * torch.randn(1, 600, 16), torch.randn(1, 600, 16)
+    assert not has_denormal_weights(q, k, 1.0)
+    assert without_denormals(torch.bfloat16) == "chunked"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Rows and tiles of a few logits, so that small inputs are cut."""
+    monkeypatch.setattr(affinity_rows, "ROWS", 64 * 70)
+    monkeypatch.setattr(affinity_rows, "TILE_QUERIES", 64)
+    monkeypatch.setattr(affinity_rows, "TILE_KEYS", 64)
+    monkeypatch.setattr(affinity_explicit, "OWN_LOGITS_BFLOAT16", 0)
+
+
+def operands(*sizes: int, spread: float, channels_first: bool = True) -> list[Tensor]:
+    """Queries, keys, values and the result's gradient, of (B, N, M, C', V)."""
+    batch, num_queries, num_keys, head, values = sizes
+    shapes = (num_queries, head), (num_keys, head), (num_keys, values), (num_queries, values)
+    made = [torch.randn(batch, count, channels) for count, channels in shapes]
+    made[1] *= spread / head**0.5
+    if channels_first:
+        made = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in made]
+    return made
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, scale: float) -> list[Tensor]:
+    return gradients(
+        lambda q, k, v, s: (s * q @ k.transpose(1, 2)).softmax(-1) @ v,
+        *(t.double() for t in (q, k, v, dy)),
+        scale,
+    )
+
+
+def gradients(form, q: Tensor, k: Tensor, v: Tensor, dy: Tensor, scale: float) -> list[Tensor]:
+    needed = [t.detach().requires_grad_() for t in (q, k, v)]
+    y = form(*needed, scale)
+    return [y, *torch.autograd.grad(y, needed, dy)]
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.detach().double() - expected.detach()).norm() / expected.detach().norm())
+
+
+@pytest.mark.usefixtures("onednn", "small")
+@pytest.mark.parametrize("channels_first", [True, False])
+@pytest.mark.parametrize("sizes", [(2, 150, 150, 24, 24), (1, 300, 75, 16, 40)], ids=str)
+@pytest.mark.parametrize(("spread", "scale"), [(0.1, 1.0), (1.0, 0.3), (8.0, 1.0), (60.0, 1.0)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float16, 2e-3), (torch.bfloat16, 1.2e-2)]
+)
+def test_rows_equal_the_formula(dtype, tolerance, spread, scale, sizes, channels_first):
+    made = [t.to(dtype) for t in operands(*sizes, spread=spread, channels_first=channels_first)]
+    found = gradients(lambda *a: softmax_attend(*a, "chunked"), *made, scale)
+    for one, other in zip(found, reference(*made, scale), strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == dtype
+        assert error(one, other) < tolerance
+    if dtype == torch.bfloat16:
+        assert error(found[0], reference(*made, scale)[0]) < 3e-3
+    with torch.no_grad():
+        alone = softmax_attend(*made[:3], scale, "chunked")
+    assert torch.equal(alone, found[0])
+
+
+@pytest.mark.usefixtures("onednn", "small")
+@pytest.mark.parametrize("spread", [0.1, 1.0, 8.0, 60.0])
+@pytest.mark.parametrize("item", [1, 1 << 30], ids=["item by item", "all at once"])
+def test_a_bfloat16_map_is_kept_and_exact(monkeypatch, item, spread):
+    monkeypatch.setattr(affinity_explicit, "ITEM_LOGITS", item)
+    made = [t.bfloat16() for t in operands(3, 150, 75, 16, 40, spread=spread)]
+    found = gradients(explicit_attend, *made, 0.7)
+    expected = reference(*made, 0.7)
+    assert error(found[0], expected[0]) < 3e-3
+    assert max(error(a, b) for a, b in zip(found, expected, strict=True)) < 1.2e-2
+    with torch.no_grad():
+        alone = explicit_attend(*made[:3], 0.7)
+    assert torch.equal(alone, found[0])
+
+
+@pytest.mark.usefixtures("onednn", "small")
+@pytest.mark.parametrize("offset", [-300.0, -70.0, 0.0, 70.0, 300.0])
+def test_logits_far_from_zero_stay_exact(offset):
+    q, k, v, dy = operands(1, 130, 140, 8, 8, spread=1.0)
+    q[..., 0], k[..., 0] = 1.0, offset
+    found = gradients(lambda *a: softmax_attend(*a, "chunked"), q, k, v, dy, 1.0)
+    for one, other in zip(found, reference(q, k, v, dy, 1.0), strict=True):
+        assert error(one, other) < 2e-4  # float32 logits of 300 are off by 2e-5
+
+
+@pytest.mark.usefixtures("onednn")
+def test_nothing_in_nothing_out():
+    q, k, v = torch.randn(0, 5, 4), torch.randn(0, 7, 4), torch.randn(0, 7, 3)
+    found = gradients(lambda *a: softmax_attend(*a, "chunked"), q, k, v, torch.randn(0, 5, 3), 1.0)
+    assert [t.shape for t in found] == [(0, 5, 3), (0, 5, 4), (0, 7, 4), (0, 7, 3)]
+
+
+@pytest.mark.usefixtures("onednn")
+def test_gradients_can_be_differentiated_again():
+    def penalty(form, x: Tensor, block: NonLocal) -> list[Tensor]:
+        block.implementation = form
+        (grad,) = torch.autograd.grad(block(x).pow(2).sum(), x, create_graph=True)
+        return list(torch.autograd.grad(grad.pow(2).sum(), [block.theta.weight, block.g.weight]))
+
+    block = NonLocal(8, 4, zero_init=False)
+    x = torch.randn(1, 8, 12, 12, requires_grad=True)
+    for one, other in zip(penalty("chunked", x, block), penalty("explicit", x, block), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.usefixtures("onednn", "small")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_block_takes_them_and_is_the_identity(monkeypatch, dtype, training):
+    monkeypatch.setattr("nlsurgery.blocks.choose.SMALL_MAPS", 0)
+    block = NonLocal(32).to(dtype).train(training)
+    x = torch.randn(1, 32, 24, 24, dtype=dtype, requires_grad=True)
+    assert block.chosen_implementation(x.shape, dtype=dtype) == "chunked"
+    y = block(x)
+    assert torch.equal(y, x)
+    y.sum().backward()
+    assert block.bn.weight.grad.isfinite().all()
