@@ -15,6 +15,7 @@ from nlsurgery.blocks.affinity_chunks import (
     chunks,
     empty_as,
     gradients_over_chunks,
+    pieces,
     set_product,
 )
 from nlsurgery.blocks.geometry import is_eager
@@ -24,8 +25,9 @@ from nlsurgery.blocks.geometry import is_eager
 OWN_LOGITS, OWN_LOGITS_FORWARD = 1 << 18, 1 << 22
 #: The same where bfloat16 is multiplied four times as fast as float32, but not by fused attention.
 OWN_LOGITS_BFLOAT16 = 1 << 17
-#: Logits of a batch item from which on a float32 product of each is faster than two of all in bfloat16.
-ITEM_LOGITS = 1 << 18
+#: Logits up to which they are formed by two bfloat16 products, beyond it by one of float32 factors: two
+#: write to memory that is there, and that is known to stay in a cache.
+ITEM_LOGITS = 1 << 20
 
 
 def explicit_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -72,10 +74,13 @@ class _Explicit(torch.autograd.Function):
         kept = q.new_empty(batch, num_queries, num_keys, dtype=dtype) if has_backward else None
         if not narrow:
             y = _attended(q, k, v, scale, kept)
-        elif num_queries * num_keys >= ITEM_LOGITS:
+        elif num_queries * num_keys > ITEM_LOGITS:
             y = rows.attended(q, k, v, scale, kept=kept)[0]
         else:
-            y = torch.bmm(_exact_softmax(q, k, scale, kept), v)
+            y = empty_as(v, num_queries)
+            for b in pieces(batch, ITEM_LOGITS // max(1, num_queries * num_keys)):
+                p = _exact_softmax(q[b], k[b], scale, None if kept is None else kept[b])
+                set_product(y[b], p, v[b], 1.0)
         if kept is not None:
             ctx.save_for_backward(q, k, v, kept)
             ctx.scale = scale
