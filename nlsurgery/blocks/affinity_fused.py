@@ -22,7 +22,7 @@ from nlsurgery.blocks.affinity_chunks import (
     like,
 )
 from nlsurgery.blocks.affinity_tiles import FLOOR, tiled_gradients
-from nlsurgery.blocks.geometry import is_eager, is_transformed, takes_plain_operators
+from nlsurgery.blocks.geometry import is_eager, is_transformed
 
 _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -54,8 +54,6 @@ def fused_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if is_transformed() and q.device.type == "cpu":
         # torch's operator cannot be differentiated forwards, and is looped over by vmap.
         return plain_attend(q, k, v, scale)
-    if _takes_own_operator(q):
-        return _operator(q, k, v, scale)[0]  # type: ignore[no-any-return]
     query, key, value = _fusable(q), _fusable(k), _fusable(v)
     y = F.scaled_dot_product_attention(query, key, value, scale=scale)
     return y if value.shape[3] == v.shape[3] else y[..., : v.shape[3]]
@@ -64,15 +62,6 @@ def fused_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 def _takes_own_function(q: Tensor, k: Tensor) -> bool:
     # torch's kernel divides by zero where there is nothing.
     return is_eager() and q.device.type == "cpu" and q.numel() > 0 and k.numel() > 0
-
-
-def _takes_own_operator(q: Tensor) -> bool:
-    """Whether a compiled graph gets the backward of :class:`_Fused`, as one operator; an exported one not."""
-    if q.dtype != torch.bfloat16 or q.device.type != "cpu" or not torch.compiler.is_compiling():
-        return False
-    # Before torch 2.7 the two cannot be told apart.
-    told = hasattr(torch.compiler, "is_exporting") and not torch.compiler.is_exporting()
-    return told and torch.is_grad_enabled() and not takes_plain_operators()
 
 
 def _fusable(tokens: Tensor) -> Tensor:
@@ -113,69 +102,65 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        y, total = _fused_forward(*_fusable_together(q, k, v), scale=scale)
-        ctx.chunked = q.dtype == torch.bfloat16 and (
-            q.shape[:2].numel() > 1 or q.shape[2] > ONE_SMALL_MAP
-        )
-        ctx.save_for_backward(q, k, v, total, *([] if ctx.chunked else [y]))
+        y, total = fused_values(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, total, *([y] if needs_values(q) else []))
         ctx.scale = scale
-        return y if y.shape[3] == v.shape[3] else y[..., : v.shape[3]]  # type: ignore[no-any-return]
+        return y if y.shape[3] == v.shape[3] else y[..., : v.shape[3]]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         q, k, v, total, *kept = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *softmax_gradients(q, k, v, ctx.scale, dy), None
-        if ctx.chunked:
-            return *bfloat16_gradients(q, k, v, total, dy, ctx.scale), None
-        if q.dtype == torch.float32 and _is_spread(q, k, total, ctx.scale):
-            return *_spread_gradients(q, k, v, kept[0], dy, total, ctx.scale), None
-        operands = _fusable_together(q, k, v)
-        grad = _fusable(_widened(dy, kept[0].shape[3]))
-        found = _fused_backward(grad, *operands, kept[0], total, 0.0, False, scale=ctx.scale)
-        return *(g[..., : t.shape[3]] for g, t in zip(found, (q, k, v), strict=True)), None
+        y = kept[0] if kept else None
+        return *fused_gradients(q, k, v, y, total, dy, ctx.scale), None
 
 
-@torch.library.custom_op("nlsurgery::fused_attention", mutates_args=())
-def _operator(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The forward of :class:`_Fused` as one operator of a compiled graph: (B, heads, N, V), (B, heads, N)."""
-    y, total = _fused_forward(*_fusable_together(q, k, v), scale=scale)
-    return y[..., : v.shape[3]].contiguous(), total.contiguous()
+def fused_values(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attend to values by torch's operator for a CPU.
+
+    Args:
+        q: (B, heads, N, C') queries.
+        k: (B, heads, M, C') keys.
+        v: (B, heads, M, V) values.
+        scale: The factor on the logits.
+
+    Returns:
+        (B, heads, N, at least V), with zeros after V channels, and (B, heads, N), the logarithm of each
+        row's sum of exponentials.
+    """
+    return _fused_forward(*_fusable_together(q, k, v), scale=scale)  # type: ignore[no-any-return]
 
 
-@_operator.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    shape = q.shape[:3]
-    return v.new_empty(*shape, v.shape[3]), q.new_empty(shape, dtype=torch.float32)
+def needs_values(q: Tensor) -> bool:
+    """Whether :func:`fused_gradients` wants the attended values."""
+    is_small = q.shape[:2].numel() == 1 and q.shape[2] <= ONE_SMALL_MAP
+    return q.dtype != torch.bfloat16 or is_small
 
 
-@torch.library.custom_op("nlsurgery::fused_attention_backward", mutates_args=())
-def _operator_backward(
-    q: Tensor, k: Tensor, v: Tensor, total: Tensor, dy: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The backward of :class:`_Fused` likewise."""
-    dq, dk, dv = (g.contiguous() for g in bfloat16_gradients(q, k, v, total, dy, scale))
-    return dq, dk, dv
+def fused_gradients(
+    q: Tensor, k: Tensor, v: Tensor, y: Tensor | None, total: Tensor, dy: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v.
 
-
-@_operator_backward.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, total: Tensor, dy: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    return dq, dk, dv
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale = inputs
-    ctx.save_for_backward(q, k, v, output[1])
-
-
-def _operator_gradients(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
-    return *_operator_backward(*ctx.saved_tensors, dy, ctx.scale), None
-
-
-_operator.register_autograd(_operator_gradients, setup_context=_keep)
+    Args:
+        q: (B, heads, N, C') queries.
+        k: (B, heads, M, C') keys.
+        v: (B, heads, M, V) values.
+        y: (B, heads, N, at least V) result; ``None`` where it is not needed.
+        total: (B, heads, N) as :func:`fused_values` gives it.
+        dy: (B, heads, N, V) gradient.
+        scale: The factor on the logits.
+    """
+    if y is None:
+        return bfloat16_gradients(q, k, v, total, dy, scale)
+    if q.dtype == torch.float32 and _is_spread(q, k, total, scale):
+        return tuple(_spread_gradients(q, k, v, y, dy, total, scale))
+    operands = _fusable_together(q, k, v)
+    size = operands[2].shape[3]
+    grad, y = (_fusable(_widened(t, size)) for t in (dy, y))
+    found = _fused_backward(grad, *operands, y, total, 0.0, False, scale=scale)
+    return tuple(g[..., : t.shape[3]] for g, t in zip(found, (q, k, v), strict=True))
 
 
 def _fusable_together(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:

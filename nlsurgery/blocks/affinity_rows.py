@@ -63,13 +63,8 @@ class _Rows(torch.autograd.Function):
         q, k, v, total, *kept = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *softmax_gradients(q, k, v, ctx.scale, dy), None, None
-        if q.dtype == torch.bfloat16:
-            heads = [t.unsqueeze(1) for t in (q, k, v, total, dy)]
-            narrow = bfloat16_gradients(heads[0], heads[1], heads[2], heads[3], heads[4], ctx.scale)
-            return *(g.squeeze(1) for g in narrow), None, None
-        queries, keys, values, dy = (t.float() for t in (q, k, v, dy))
-        found = _gradients(queries, keys, values, kept[0], dy, total, ctx.scale)
-        return *(g.to(t.dtype) for g, t in zip(found, (q, k, v), strict=True)), None, None
+        y = kept[0] if kept else None
+        return *row_gradients(q, k, v, y, total, dy, ctx.scale), None, None
 
 
 def attended(
@@ -125,10 +120,32 @@ def attended(
     return y.transpose(1, 2), total
 
 
-def _gradients(
+def row_gradients(
+    q: Tensor, k: Tensor, v: Tensor, y: Tensor | None, total: Tensor, dy: Tensor, scale: float
+) -> tuple[Tensor, ...]:
+    """The gradients of q, k and v, of what :func:`attended` takes and gives.
+
+    Args:
+        q: (B, N, C') queries.
+        k: (B, M, C') keys.
+        v: (B, M, V) values.
+        y: (B, N, V) float32, not used where queries are bfloat16.
+        total: (B, N).
+        dy: (B, N, V) gradient.
+        scale: The factor on the logits.
+    """
+    if y is None or q.dtype == torch.bfloat16:
+        heads = [t.unsqueeze(1) for t in (q, k, v, total, dy)]
+        narrow = bfloat16_gradients(heads[0], heads[1], heads[2], heads[3], heads[4], scale)
+        return tuple(g.squeeze(1) for g in narrow)
+    queries, keys, values, dy = (t.float() for t in (q, k, v, dy))
+    found = _float_gradients(queries, keys, values, y, dy, total, scale)
+    return tuple(g.to(t.dtype) for g, t in zip(found, (q, k, v), strict=True))
+
+
+def _float_gradients(
     q: Tensor, k: Tensor, v: Tensor, y: Tensor, dy: Tensor, total: Tensor, scale: float
 ) -> list[Tensor]:
-    """The gradients of float32 q, k and v."""
     floor = FLOOR / LOG_2 if lies_apart(total.unsqueeze(2), mean_logit(q, k, scale)) else None
     # Of softmax: ds = p (dp - Σ_j p_j dp_j), and Σ_j p_j dp_j = y · dy.
     dot = dy.mul(y).sum(-1).neg_()

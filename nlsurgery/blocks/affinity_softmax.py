@@ -14,6 +14,7 @@ from nlsurgery.blocks import products
 from nlsurgery.blocks.affinity import accumulator, without_autocast
 from nlsurgery.blocks.affinity_explicit import explicit_attend
 from nlsurgery.blocks.affinity_fused import fused_attend
+from nlsurgery.blocks.affinity_operator import operator_attend, takes_operator
 from nlsurgery.blocks.affinity_rows import row_attend
 from nlsurgery.blocks.affinity_tiles import tiled_attend
 from nlsurgery.blocks.geometry import is_eager, takes_plain_operators
@@ -36,7 +37,7 @@ def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> 
         k: (B, M, C') keys.
         v: (B, M, V) values.
         scale: The factor on the logits.
-        form: ``explicit``, ``fused`` or ``chunked``; the last is traced as ``fused``.
+        form: ``explicit``, ``fused`` or ``chunked``, or in a graph ``auto``.
 
     Returns:
         (B, N, V) in the dtype of ``v``.
@@ -44,17 +45,34 @@ def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> 
     with without_autocast(q):
         if form == "explicit" or takes_plain_operators():
             return explicit_attend(q, k, v, scale)
-        if form == "fused" or torch.compiler.is_compiling():
+        if form in ("auto", "fused") or torch.compiler.is_compiling():
             query, key, value = (tokens.unsqueeze(1) for tokens in (q, k, v))
+            if takes_operator(q):
+                return operator_attend(query, key, value, scale, form).squeeze(1)
             return fused_attend(query, key, value, scale).squeeze(1)
         if products.are_by_onednn(q.dtype, q.device.type):
             return row_attend(q, k, v, scale)
         return tiled_attend(q, k, v, scale)
 
 
-def fits(num_keys: int, value_size: int) -> bool:
-    """Whether an N×M tensor may be kept: at most twice the four projections, and few keys."""
-    return num_keys <= min(1024, 8 * value_size)
+def heads_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Σ_j softmax_j(scale · q_i · k_j) v_j for each head, no N×M tensor kept; without autocast.
+
+    Args:
+        q: (B, heads, N, C') queries.
+        k: (B, heads, M, C') keys.
+        v: (B, heads, M, V) values.
+        scale: The factor on the logits.
+
+    Returns:
+        (B, heads, N, V) in the dtype of ``v``.
+    """
+    if takes_operator(q):
+        return operator_attend(q, k, v, scale, "auto")
+    if is_eager() and products.are_by_onednn(q.dtype, q.device.type):
+        queries, keys, values = (t.flatten(0, 1) for t in (q, k, v))
+        return row_attend(queries, keys, values, scale).view(*q.shape[:3], v.shape[3])
+    return fused_attend(q, k, v, scale)
 
 
 def has_denormal_weights(q: Tensor, k: Tensor, scale: float) -> bool:

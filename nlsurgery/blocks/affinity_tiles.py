@@ -69,19 +69,7 @@ class _Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        dtype = accumulator(q.dtype)
-        queries, keys, values = (t.to(dtype) for t in (q, k, v))
-        y = empty_as(values, q.shape[1]).zero_()
-        total = queries.new_empty(*q.shape[:2], 1)
-        rows, columns = tiles(q.shape[0], q.shape[1], k.shape[1], q.device.type)
-        workspace = Workspace(q, dtype, "logits")
-        ctx.near = []
-        for b, i in rows:
-            row = _Row(scaled(queries[b, i], scale), workspace)
-            for j in columns:
-                row.add(keys[b, j], values[b, j], y[b, i])
-            total[b, i] = row.finish(y[b, i])
-            ctx.near.append(row.shift is None)
+        y, total, ctx.near = tiled_values(q, k, v, scale)
         # Not rounded to a half precision, which would show in the gradients of queries and keys.
         ctx.save_for_backward(q, k, v, y, total)
         ctx.scale = scale
@@ -96,6 +84,31 @@ class _Tiled(torch.autograd.Function):
         queries, keys, values, dy = (t.to(dtype) for t in (q, k, v, dy))
         found = tiled_gradients(queries, keys, values, y, dy, total, ctx.scale, ctx.near)
         return *(g.to(t.dtype) for g, t in zip(found, (q, k, v), strict=True)), None
+
+
+def tiled_values(
+    q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, list[bool]]:
+    """Attend to values, of (B, N, C') queries, (B, M, C') keys and (B, M, V) values, without a graph.
+
+    Returns:
+        (B, N, V) and (B, N, 1) in the accumulator's dtype, the second each row's logarithm of its sum of
+        exponentials, and whether the logits of each row of tiles needed no shift.
+    """
+    dtype = accumulator(q.dtype)
+    queries, keys, values = (t.to(dtype) for t in (q, k, v))
+    y = empty_as(values, q.shape[1]).zero_()
+    total = queries.new_empty(*q.shape[:2], 1)
+    rows, columns = tiles(q.shape[0], q.shape[1], k.shape[1], q.device.type)
+    workspace = Workspace(q, dtype, "logits")
+    near = []
+    for b, i in rows:
+        row = _Row(scaled(queries[b, i], scale), workspace)
+        for j in columns:
+            row.add(keys[b, j], values[b, j], y[b, i])
+        total[b, i] = row.finish(y[b, i])
+        near.append(row.shift is None)
+    return y, total, near
 
 
 class _Row:

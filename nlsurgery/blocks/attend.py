@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nlsurgery.blocks.affinity import SOFTMAX_MODES
 from nlsurgery.blocks.affinity_concat import concatenation_attend
 from nlsurgery.blocks.affinity_dot import dot_product_attend
+from nlsurgery.blocks.affinity_operator import takes_operator
 from nlsurgery.blocks.affinity_softmax import has_denormal_weights, softmax_attend
 from nlsurgery.blocks.choose import choose_implementation, without_denormals
 from nlsurgery.blocks.geometry import to_map, to_tokens, working_dtype
@@ -74,7 +75,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, implementat
     """
     queries, keys, values = to_tokens(q), to_tokens(k), to_tokens(v)
     form = implementation
-    if form == "auto":
+    if form == "auto" and not (mode in SOFTMAX_MODES and takes_operator(v)):
         form = choose_implementation(
             mode,
             num_queries=queries.shape[1],

@@ -12,7 +12,6 @@ import torch
 
 from nlsurgery.blocks import products
 from nlsurgery.blocks.affinity_dot import reassociation_pays
-from nlsurgery.blocks.affinity_softmax import fits
 from nlsurgery.blocks.geometry import choice
 from nlsurgery.errors import BlockError
 
@@ -108,6 +107,11 @@ def choose_implementation(
         # The backward of memory-efficient attention adds atomically.
         return "explicit" if num_keys <= value_size else "chunked"
     return "fused"
+
+
+def fits(num_keys: int, value_size: int) -> bool:
+    """Whether an N×M tensor may be kept: at most twice the four projections, and few keys."""
+    return num_keys <= min(1024, 8 * value_size)
 
 
 def _by_onednn(

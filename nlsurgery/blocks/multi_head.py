@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nlsurgery.blocks.affinity import logit_scale, softmax_map, without_autocast
-from nlsurgery.blocks.affinity_fused import fused_attend
+from nlsurgery.blocks.affinity_softmax import heads_attend
 from nlsurgery.blocks.base import ProjectedBlock
 from nlsurgery.blocks.geometry import (
     checked_input,
@@ -44,7 +44,7 @@ def multi_head(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float) -> Ten
     """
     with without_autocast(v):
         split = [split_heads(to_tokens(t).contiguous(), heads) for t in (q, k, v)]
-        y = fused_attend(split[0], split[1], split[2], scale)
+        y = heads_attend(split[0], split[1], split[2], scale)
         return to_map(y.transpose(1, 2).flatten(2), q.shape[2:])
 
 
