@@ -44,7 +44,11 @@ def concatenation_attend(a: Tensor, b: Tensor, v: Tensor, form: str) -> Tensor:
         dtype = accumulator(v.dtype)
         a, b = a.to(dtype), b.to(dtype)
         if form == "explicit" or takes_plain_operators():
-            return apply_map(scalar_sum_map(a.unsqueeze(2), b.unsqueeze(2)), v)
+            weights = scalar_sum_map(a.unsqueeze(2), b.unsqueeze(2))
+            if v.dtype == torch.bfloat16:
+                # Its range is float32's, and a rounded weight is off by no more than a rounded value.
+                weights = weights.to(v.dtype)
+            return apply_map(weights, v)
         if torch.compiler.is_compiling():
             return _sorted_sums(a, b, v)
         return _Sorted.apply(a, b, v)  # type: ignore[no-any-return]
@@ -53,8 +57,9 @@ def concatenation_attend(a: Tensor, b: Tensor, v: Tensor, form: str) -> Tensor:
 @torch.fx.wrap
 def scalar_sum_map(a: Tensor, b: Tensor) -> Tensor:
     """ReLU(a_i + b_j) / M of (B, N, 1) and (B, M, 1): (B, N, M), float32 for half inputs."""
-    a, b = (t.to(accumulator(t.dtype)) for t in (a, b))
-    return torch.relu(a + b.transpose(1, 2)) / max(1, b.shape[1])
+    divisor = max(1, b.shape[1])
+    a, b = (t.to(accumulator(t.dtype)) / divisor for t in (a, b))
+    return torch.relu_(a + b.transpose(1, 2))
 
 
 def running_sums(v: Tensor) -> Tensor:

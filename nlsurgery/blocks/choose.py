@@ -89,7 +89,7 @@ def choose_implementation(
         pays = reassociation_pays(num_queries, num_keys, head_size)
         return "reassociated" if pays else "explicit"
     if mode == "concatenation":
-        crossover = min(200, max(32, value_size // 2)) if device_type == "cpu" else 1024
+        crossover = min(200, max(160, value_size // 2)) if device_type == "cpu" else 1024
         pays = num_queries * num_keys > crossover * (num_queries + num_keys)
         return "sorted" if pays else "explicit"
     if products.are_by_onednn(dtype, device_type):
