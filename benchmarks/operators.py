@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
@@ -248,12 +249,17 @@ def times(
 def interleaved(
     ready: dict[str, Callable[[], None]], options: argparse.Namespace
 ) -> dict[str, float]:
-    """Median seconds of each of several runs, taken in turns."""
+    """Median seconds of each of several runs, taken in turns, in a new order each round.
+
+    What ran before leaves caches and memory as it needed them: always the same would favour one.
+    """
     taken: dict[str, list[float]] = {name: [] for name in ready}
+    order, chance = list(ready), random.Random(0)
     for _ in range(options.rounds):
-        for name, run in ready.items():
+        chance.shuffle(order)
+        for name in order:
             start = clock(options.device)
-            run()
+            ready[name]()
             taken[name].append(clock(options.device) - start)
     return {name: statistics.median(values) for name, values in taken.items()}
 

@@ -32,7 +32,7 @@ def page(rows: Sequence[Row], device: str, flags: str = "") -> str:
     parts = [
         f"# Operators on a {device.upper().replace('CUDA', 'GPU')}",
         "",
-        f"{versions()}; {platform.machine()}, {threads} thread(s). Medians of interleaved rounds. "
+        f"{versions()}; {processor()}, {threads} thread(s). Medians of interleaved rounds. "
         "Each number is a peer's cost over ours (above 1: ours is faster or leaner); within 0.15 of "
         "1 is a tie. The article is the plain rewrite in `benchmarks/operators.py`; ours compiled is "
         "named besides, over ours as it is. A dash: the "
@@ -124,6 +124,17 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         axes.set_title(f"{mode}: the fastest peer's time over ours", fontsize=9)
         axes.legend(fontsize=7, ncols=len(kinds))
     figure.savefig(path, dpi=110)
+
+
+def processor() -> str:
+    """The machine's processor, as Linux calls it, and its widest instructions."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    name = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "")
+    wide = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} ({', '.join(filter(None, [name, wide]))})"
 
 
 def versions() -> str:
