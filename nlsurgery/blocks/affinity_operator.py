@@ -17,6 +17,9 @@ from nlsurgery.blocks.affinity_tiles import tiled_gradients, tiled_values
 from nlsurgery.blocks.choose import choose_implementation
 from nlsurgery.blocks.geometry import takes_plain_operators
 
+#: Logits of an item below which torch's fused attention takes least.
+FEW_LOGITS = 1 << 15
+
 
 def takes_operator(q: Tensor) -> bool:
     """Whether a graph that is being compiled gets the operator; an exported one does not.
@@ -140,6 +143,8 @@ def _is_fused(q: Tensor, k: Tensor, v: Tensor, form: str) -> bool:
     if q.numel() == 0 or k.numel() == 0:
         # torch's kernel divides by zero where there is nothing.
         return False
+    if form == "auto" and q.shape[2] * k.shape[2] < FEW_LOGITS:
+        return True
     if form == "auto":
         form = choose_implementation(
             "embedded_gaussian",
@@ -150,6 +155,8 @@ def _is_fused(q: Tensor, k: Tensor, v: Tensor, form: str) -> bool:
             batch=q.shape[0] * q.shape[1],
             dtype=v.dtype,
         )
-    if q.dtype == torch.bfloat16 and products.fuses_bfloat16():
-        return True  # tiles would form float32 factors
-    return form == "fused"
+    if products.are_by_onednn(q.dtype, q.device.type):
+        # A small map is formed eagerly: by rows it is not kept, and they are as fast.
+        return form == "fused"
+    # Tiles would form float32 factors, and are slower than torch's fused attention on a small map.
+    return q.dtype == torch.bfloat16 or form in ("fused", "explicit")
