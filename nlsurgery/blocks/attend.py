@@ -102,10 +102,35 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, implementat
 
 
 @torch.fx.wrap
+def logit_parts(
+    x: Tensor, theta: nn.Module, phi: nn.Module, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute w · [θ(x); φ(x)] by its two parts, of queries and of keys, as one convolution where it can be.
+
+    Args:
+        x: (B, C, *spatial).
+        theta: θ.
+        phi: φ.
+        weight: The 2C' values of ``concat_project``, queries first.
+
+    Returns:
+        Two of (B, 1, *spatial).
+    """
+    if not (is_plain(theta) and is_plain(phi)):
+        return logit_part(x, theta, weight, True), logit_part(x, phi, weight, False)
+    folded = [_folded(p, weight, first) for p, first in ((theta, True), (phi, False))]
+    bias = None
+    if any(bias is not None for _, bias in folded):
+        parts = [side.new_zeros(1) if bias is None else bias for side, bias in folded]
+        bias = torch.cat(parts)
+    side = torch.cat([side for side, _ in folded])
+    both = convolve(x, side.view(2, -1, *[1] * (x.dim() - 2)), bias)
+    return both[:, :1], both[:, 1:]
+
+
+@torch.fx.wrap
 def logit_part(x: Tensor, projection: nn.Module | None, weight: Tensor, first: bool) -> Tensor:
     """Compute w · projection(x), the part of a concatenation's logits that comes from one side.
-
-    The two linear maps are folded into one vector, so the C' channels are never formed.
 
     Args:
         x: (B, C, *spatial).
@@ -116,12 +141,20 @@ def logit_part(x: Tensor, projection: nn.Module | None, weight: Tensor, first: b
     Returns:
         (B, 1, *spatial).
     """
-    side = weight.flatten().chunk(2)[0 if first else 1].unsqueeze(0)
-    bias = None
     if projection is not None and is_plain(projection):
-        if projection.bias is not None:
-            bias = side @ projection.bias  # type: ignore[operator]
-        side = side @ projection.weight.flatten(1)  # type: ignore[operator]
-    elif projection is not None:
-        x = projection(x)
+        side, bias = _folded(projection, weight, first)
+    else:
+        x = x if projection is None else projection(x)
+        side, bias = _side(weight, first), None
     return convolve(x, side.view(1, -1, *[1] * (x.dim() - 2)), bias)
+
+
+def _side(weight: Tensor, first: bool) -> Tensor:
+    return weight.flatten().chunk(2)[0 if first else 1].unsqueeze(0)
+
+
+def _folded(projection: nn.Module, weight: Tensor, first: bool) -> tuple[Tensor, Tensor | None]:
+    """The two linear maps as one, so that the C' channels are never formed: (1, C), and (1,) or ``None``."""
+    side = _side(weight, first)
+    bias = None if projection.bias is None else side @ projection.bias  # type: ignore[operator]
+    return side @ projection.weight.flatten(1), bias  # type: ignore[operator]

@@ -17,7 +17,7 @@ from nlsurgery.blocks.affinity import (
     softmax_map,
 )
 from nlsurgery.blocks.affinity_concat import scalar_sum_map
-from nlsurgery.blocks.attend import attend, laid_out, logit_part, num_keys
+from nlsurgery.blocks.attend import attend, laid_out, logit_part, logit_parts, num_keys
 from nlsurgery.blocks.choose import checked_implementation, choose_implementation
 from nlsurgery.blocks.geometry import (
     checked_input,
@@ -34,7 +34,14 @@ from nlsurgery.errors import BlockError
 
 for _name in ("add_projected", "attend", "checked_input", "dot_product_map", "laid_out"):
     torch.fx.wrap(_name)
-for _name in ("logit_part", "pool_keys", "project", "project_together", "scalar_sum_map"):
+for _name in (
+    "logit_part",
+    "logit_parts",
+    "pool_keys",
+    "project",
+    "project_together",
+    "scalar_sum_map",
+):
     torch.fx.wrap(_name)
 for _name in ("softmax_map", "to_tokens"):
     torch.fx.wrap(_name)
@@ -232,8 +239,11 @@ class NonLocal(nn.Module):
         if self.mode == "gaussian":
             return x, pool_keys(x) if self.sub_sample else x, v
         weight = cast(Tensor, self.concat_project.weight)
+        if not self.sub_sample:
+            a, b = logit_parts(x, self.theta, self.phi, weight)
+            return a, b, v
         a = logit_part(x, self.theta, weight, True)
-        if self.sub_sample and self.pool_order == "after_conv":
+        if self.pool_order == "after_conv":
             return a, logit_part(pool_keys(self.phi(x)), None, weight, False), v
         return a, logit_part(early, self.phi, weight, False), v
 
