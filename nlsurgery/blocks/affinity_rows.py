@@ -26,8 +26,8 @@ LOG_2 = math.log(2)
 NEAR = 60.0
 #: Logits formed at a time.
 ROWS = 1 << 20
-#: Queries and keys of a tile in backward.
-TILE_QUERIES, TILE_KEYS = 1 << 10, 1 << 11
+#: Queries and keys of a tile in backward (2 MB): larger ones are no faster, and take memory.
+TILE_QUERIES, TILE_KEYS = 1 << 10, 1 << 9
 
 
 def row_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -149,24 +149,33 @@ def _float_gradients(
     floor = FLOOR / LOG_2 if lies_apart(total.unsqueeze(2), mean_logit(q, k, scale)) else None
     # Of softmax: ds = p (dp - Σ_j p_j dp_j), and Σ_j p_j dp_j = y · dy.
     dot = dy.mul(y).sum(-1).neg_()
-    found = [t.new_zeros(t.shape[0], t.shape[2], t.shape[1]) for t in (q, k, v)]
+    found: list[list[Tensor]] = [[], [], []]
     for b in range(q.shape[0]):
         item = _Item(k[b], v[b], scale, floor)
+        dq = q.new_zeros(q.shape[2], q.shape[1])
         for i in pieces(q.shape[1], TILE_QUERIES, EVEN):
-            dq = item.add(q[b, i], dy[b, i], total[b, i] / -LOG_2, dot[b, i])
-            if dq is not None:
-                torch.mul(dq, scale, out=found[0][b, :, i])
-        item.write(found[1][b], found[2][b])
-    return [g.transpose(1, 2) for g in found]
+            part = item.add(q[b, i], dy[b, i], total[b, i] / -LOG_2, dot[b, i])
+            if part is not None:
+                torch.mul(part, scale, out=dq[:, i])
+        for kept, gradient in zip(found, (dq, *item.gathered()), strict=True):
+            kept.append(gradient)
+    return [_stacked(g, like) for g, like in zip(found, (q, k, v), strict=True)]
+
+
+def _stacked(items: list[Tensor], like: Tensor) -> Tensor:
+    """(C, count) of each batch item as (B, count, C)."""
+    if not items:
+        return torch.zeros_like(like)
+    stacked = items[0].unsqueeze(0) if len(items) == 1 else torch.stack(items)
+    return stacked.transpose(1, 2)
 
 
 class _Item:
     """The gradients of one batch item, gathered over tiles of queries."""
 
     def __init__(self, k: Tensor, v: Tensor, scale: float, floor: float | None) -> None:
+        self.k, self.v, self.scale, self.floor = k, v, scale, floor
         self.columns = list(pieces(k.shape[0], TILE_KEYS, EVEN))
-        self.keys, self.values = ([t[j].contiguous() for j in self.columns] for t in (k, v))
-        self.scale, self.floor = scale, floor
         #: Of each tile of keys, (C', keys) and (V, keys) so far.
         self.dk: list[Tensor | None] = [None] * len(self.columns)
         self.dv: list[Tensor | None] = [None] * len(self.columns)
@@ -186,7 +195,8 @@ class _Item:
         q, dy = scaled(q, self.scale).contiguous(), dy.contiguous()
         powers = q / LOG_2
         dq = None
-        for j, (keys, values) in enumerate(zip(self.keys, self.values, strict=True)):
+        for j, columns in enumerate(self.columns):
+            keys, values = self.k[columns], self.v[columns]
             # Keys are the rows of a tile: what belongs to a query is a bias of the product.
             p = product(keys, powers, shift)
             if self.floor is not None:
@@ -198,12 +208,17 @@ class _Item:
             dq = _plus(dq, keys.t(), ds.t())
         return dq
 
-    def write(self, dk: Tensor, dv: Tensor) -> None:
-        """Write the sums to (C', M) and (V, M)."""
-        for total, parts in ((dk, self.dk), (dv, self.dv)):
-            for j, part in zip(self.columns, parts, strict=True):
-                if part is not None:
-                    total[:, j] = part
+    def gathered(self) -> tuple[Tensor, Tensor]:
+        """(C', M) and (V, M), the gradients of keys and values."""
+        return _joined(self.dk, self.k), _joined(self.dv, self.v)
+
+
+def _joined(parts: list[Tensor | None], like: Tensor) -> Tensor:
+    made = [part for part in parts if part is not None]
+    parts.clear()
+    if not made:
+        return like.new_zeros(like.shape[1], like.shape[0])
+    return made[0] if len(made) == 1 else torch.cat(made, 1)
 
 
 def _plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     # The overload is named: to find it torch would try to read tensors as lists.
     linear = torch.ops.mkldnn._linear_pointwise.default
-    return linear(_dense(a), _dense(b), bias, "none", [], "")  # type: ignore[no-any-return]
+    return linear(_strided(a), _dense(b), bias, "none", [], "")  # type: ignore[no-any-return]
 
 
 def product_and(
@@ -83,7 +83,11 @@ def product_and(
         (N, M), contiguous.
     """
     linear = torch.ops.mkldnn._linear_pointwise.binary
-    return linear(_dense(a), other, _dense(b), bias, operation)  # type: ignore[no-any-return]
+    return linear(_strided(a), other, _dense(b), bias, operation)  # type: ignore[no-any-return]
+
+
+def _strided(x: Tensor) -> Tensor:
+    return x if 1 in x.stride() else x.contiguous()
 
 
 def _dense(x: Tensor) -> Tensor:
