@@ -17,8 +17,13 @@ from nlsurgery.blocks.affinity_tiles import tiled_gradients, tiled_values
 from nlsurgery.blocks.choose import choose_implementation
 from nlsurgery.blocks.geometry import takes_plain_operators
 
-#: Logits of an item below which torch's fused attention takes least.
-FEW_LOGITS = 1 << 15
+#: Multiplications in the logits of one item and head below which torch's fused attention takes least.
+SMALL_PRODUCT = 1 << 22
+
+
+def is_small(q: Tensor, k: Tensor) -> bool:
+    """Whether torch's fused attention takes least, whatever the processor, of (B, heads, N, C') and keys."""
+    return q.shape[2] * k.shape[2] * q.shape[3] < SMALL_PRODUCT
 
 
 def takes_operator(q: Tensor) -> bool:
@@ -143,7 +148,7 @@ def _is_fused(q: Tensor, k: Tensor, v: Tensor, form: str) -> bool:
     if q.numel() == 0 or k.numel() == 0:
         # torch's kernel divides by zero where there is nothing.
         return False
-    if form == "auto" and q.shape[2] * k.shape[2] < FEW_LOGITS:
+    if form == "auto" and is_small(q, k):
         return True
     if form == "auto":
         form = choose_implementation(

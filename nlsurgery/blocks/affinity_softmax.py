@@ -14,7 +14,7 @@ from nlsurgery.blocks import products
 from nlsurgery.blocks.affinity import accumulator, without_autocast
 from nlsurgery.blocks.affinity_explicit import explicit_attend
 from nlsurgery.blocks.affinity_fused import fused_attend
-from nlsurgery.blocks.affinity_operator import operator_attend, takes_operator
+from nlsurgery.blocks.affinity_operator import is_small, operator_attend, takes_operator
 from nlsurgery.blocks.affinity_rows import row_attend
 from nlsurgery.blocks.affinity_tiles import tiled_attend
 from nlsurgery.blocks.geometry import is_eager, takes_plain_operators
@@ -69,7 +69,8 @@ def heads_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """
     if takes_operator(q):
         return operator_attend(q, k, v, scale, "auto")
-    if is_eager() and products.are_by_onednn(q.dtype, q.device.type):
+    fast = is_eager() and products.are_by_onednn(q.dtype, q.device.type)
+    if fast and not is_small(q, k):
         queries, keys, values = (t.flatten(0, 1) for t in (q, k, v))
         return row_attend(queries, keys, values, scale).view(*q.shape[:3], v.shape[3])
     return fused_attend(q, k, v, scale)

@@ -13,9 +13,11 @@ from nlsurgery.blocks import (
     NonLocal,
     affinity_explicit,
     affinity_rows,
+    affinity_softmax,
     products,
 )
 from nlsurgery.blocks.affinity_explicit import explicit_attend
+from nlsurgery.blocks.affinity_rows import row_attend
 from nlsurgery.blocks.affinity_softmax import has_denormal_weights, softmax_attend
 from nlsurgery.blocks.choose import choose_implementation, without_denormals
 from nlsurgery.blocks.products import product, product_and
@@ -251,3 +253,26 @@ def test_a_block_takes_them_and_is_the_identity(monkeypatch, dtype, training):
     assert torch.equal(y, x)
     y.sum().backward()
     assert block.bn.weight.grad.isfinite().all()
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("small", [0, 1 << 30], ids=["rows", "fused"])
+def test_several_heads(monkeypatch, small, dtype):
+    taken: list[int] = []
+    monkeypatch.setattr("nlsurgery.blocks.affinity_operator.SMALL_PRODUCT", small)
+    monkeypatch.setattr(
+        affinity_softmax, "row_attend", lambda *a: taken.append(1) or row_attend(*a)
+    )
+    made = [torch.randn(2, 3, 40, 8) for _ in range(3)] + [torch.randn(2, 3, 40, 8)]
+    q, k, v, dy = (t.to(dtype) for t in made)
+    found = gradients(affinity_softmax.heads_attend, q, k, v, dy, 0.6)
+    assert bool(taken) == (small == 0)
+    expected = gradients(
+        lambda q, k, v, s: (s * q @ k.transpose(2, 3)).softmax(-1) @ v,
+        *(t.double() for t in (q, k, v, dy)),
+        0.6,
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert error(one, other) < (1.2e-2 if dtype == torch.bfloat16 else 1e-5)
