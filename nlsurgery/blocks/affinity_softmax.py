@@ -45,7 +45,7 @@ def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> 
     with without_autocast(q):
         if form == "explicit" or takes_plain_operators():
             return explicit_attend(q, k, v, scale)
-        if form in ("auto", "fused") or torch.compiler.is_compiling():
+        if form in ("auto", "fused") or not is_eager():
             query, key, value = (tokens.unsqueeze(1) for tokens in (q, k, v))
             if takes_operator(q):
                 return operator_attend(query, key, value, scale, form).squeeze(1)

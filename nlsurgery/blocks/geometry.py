@@ -34,8 +34,10 @@ def takes_plain_operators() -> bool:
 
 
 def is_eager() -> bool:
-    """Whether operators only run: nothing is compiled, recorded or transformed."""
-    return not (torch.compiler.is_compiling() or takes_plain_operators())
+    """Whether operators only run: nothing is compiled, recorded or transformed, and tensors have values."""
+    if torch.compiler.is_compiling() or takes_plain_operators():
+        return False
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None  # type: ignore[attr-defined]
 
 
 def is_transformed() -> bool:
