@@ -122,7 +122,8 @@ def _exact_softmax(q: Tensor, k: Tensor, scale: float, kept: Tensor | None) -> T
     torch.bmm(q, k.transpose(1, 2), out=rounded)
     logits.copy_(rounded)
     torch.baddbmm(rounded, q, k.transpose(1, 2), beta=-1.0, out=rounded)
-    logits.add_(rounded)
+    # Copied by hand: a sum of two dtypes would take new memory for the copy.
+    logits.add_(Workspace(q, torch.float32, "rest").take(*shape).copy_(rounded))
     if scale != 1.0:
         logits.mul_(scale)
     return rounded.copy_(torch.softmax(logits, dim=-1, out=logits))
