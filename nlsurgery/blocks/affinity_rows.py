@@ -24,8 +24,9 @@ from nlsurgery.blocks.products import product, product_and
 LOG_2 = math.log(2)
 #: Powers of two up to this one need no shift.
 NEAR = 60.0
-#: Logits formed at a time.
-ROWS = 1 << 20
+#: Logits formed at a time (4 MB), and up to how many where those are fewer rows than a product is fast with.
+ROWS, MANY_ROWS = 1 << 20, 1 << 22
+FAST_ROWS = 256
 #: Queries and keys of a tile in backward (2 MB): larger ones are no faster, and take memory.
 TILE_QUERIES, TILE_KEYS = 1 << 10, 1 << 9
 
@@ -96,7 +97,7 @@ def attended(
     total = q.new_empty(batch, num_queries if has_backward else 0, dtype=torch.float32)
     for b in range(batch):
         keys = k[b].float()
-        for i in pieces(num_queries, max(64, ROWS // max(1, num_keys))):
+        for i in pieces(num_queries, _rows(num_keys)):
             # Powers of two take a quarter of the time of MKL's exponentials.
             logits = product(q[b, i].float() * (scale / LOG_2), keys)
             peak = logits.amax(-1, keepdim=True)
@@ -118,6 +119,11 @@ def attended(
                     1
                 )
     return y.transpose(1, 2), total
+
+
+def _rows(num_keys: int) -> int:
+    many = min(FAST_ROWS, MANY_ROWS // max(1, num_keys))
+    return max(64, many, ROWS // max(1, num_keys))
 
 
 def row_gradients(
