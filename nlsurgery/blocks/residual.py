@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nlsurgery.blocks.geometry import CHANNELS_LAST, is_eager, working_dtype
 from nlsurgery.blocks.memory_format import to_format_of
 from nlsurgery.blocks.norms import BatchNorm
+from nlsurgery.blocks.projection import goes_by_products, pointwise_products
 
 #: Below so many values, batch normalisation takes less time than folding it.
 FOLDED_VALUES = 1 << 17
@@ -58,8 +59,10 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
     Returns:
         (B, C', *spatial) in the memory format of ``x``.
     """
-    if x.dim() == 5 and is_plain(projection):
-        return convolve(x, projection.weight, projection.bias)  # type: ignore[arg-type]
+    if is_plain(projection):
+        weight = cast(Tensor, projection.weight)
+        if x.dim() == 5 or goes_by_products(x, weight):
+            return convolve(x, weight, cast("Tensor | None", projection.bias))
     return projection(x)  # type: ignore[no-any-return]
 
 
@@ -102,6 +105,8 @@ def _joins(x: Tensor, projections: Sequence[nn.Module]) -> bool:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The 1×1 convolution of (B, C, *spatial) with a weight (C', C, 1, …)."""
+    if goes_by_products(x, weight):
+        return pointwise_products(x, weight, bias)
     if x.dim() != 5:
         return _FUNCTIONS[x.dim()](x, weight, bias)
     tokens = x.movedim(1, -1)
