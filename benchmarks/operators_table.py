@@ -29,13 +29,14 @@ def page(rows: Sequence[Row], device: str, flags: str = "") -> str:
     lines = [row for row in rows if key(row)]
     peers = list(dict.fromkeys(n for row in lines for n in row["seconds"] if n != OURS))
     threads = ", ".join(sorted({str(row["threads"]) for row in rows}))
+    own = any(name.startswith(OURS) for name in peers)
+    compiled = "; ours compiled is named besides, over ours as it is" if own else ""
     parts = [
         f"# Operators on a {device.upper().replace('CUDA', 'GPU')}",
         "",
         f"{versions()}; {processor()}, {threads} thread(s). Medians of interleaved rounds. "
         "Each number is a peer's cost over ours (above 1: ours is faster or leaner); within 0.15 of "
-        "1 is a tie. The article is the plain rewrite in `benchmarks/operators.py`; ours compiled is "
-        "named besides, over ours as it is. A dash: the "
+        f"1 is a tie. The article is the plain rewrite in `benchmarks/operators.py`{compiled}. A dash: the "
         "peer has no such form, or would need more than 4 GB in one tensor; fails: it raises. GEMM: "
         "the share of our forward time that its matrix products would take at the speed of one "
         "large product measured beside it.",
