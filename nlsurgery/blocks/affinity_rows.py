@@ -97,7 +97,7 @@ def attended(
     total = q.new_empty(batch, num_queries if has_backward else 0, dtype=torch.float32)
     for b in range(batch):
         keys = k[b].float()
-        for i in pieces(num_queries, _rows(num_keys)):
+        for i in pieces(num_queries, _rows(num_keys, exact)):
             # Powers of two take a quarter of the time of MKL's exponentials.
             logits = product(q[b, i].float() * (scale / LOG_2), keys)
             peak = logits.amax(-1, keepdim=True)
@@ -121,9 +121,10 @@ def attended(
     return y.transpose(1, 2), total
 
 
-def _rows(num_keys: int) -> int:
-    many = min(FAST_ROWS, MANY_ROWS // max(1, num_keys))
-    return max(64, many, ROWS // max(1, num_keys))
+def _rows(num_keys: int, exact: bool) -> int:
+    # Rounded weights take memory besides the logits.
+    most = MANY_ROWS if exact else MANY_ROWS // 2
+    return max(64, min(FAST_ROWS, most // max(1, num_keys)), ROWS // max(1, num_keys))
 
 
 def row_gradients(
