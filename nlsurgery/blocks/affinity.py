@@ -39,17 +39,21 @@ def logit_scale(head_size: int, use_scale: bool) -> float:
     return 1.0 / math.sqrt(head_size) if use_scale else 1.0
 
 
-def differentiable_gradients(y: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> tuple[Any, ...]:
+def differentiable_gradients(
+    y: Tensor, inputs: Sequence[Tensor | None], dy: Tensor
+) -> tuple[Any, ...]:
     """Gradients that can be differentiated again (a gradient penalty does so).
 
     Args:
         y: Computed by plain operations from ``inputs``.
-        inputs: Tensors; ``None`` is returned for those that need no gradient.
+        inputs: Tensors; ``None`` is returned for those that need no gradient, and for ``None``.
         dy: The gradient of ``y``.
     """
-    needed = [tensor for tensor in inputs if tensor.requires_grad]
+    needed = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     found = iter(torch.autograd.grad(y, needed, dy, create_graph=True))
-    return tuple(next(found) if tensor.requires_grad else None for tensor in inputs)
+    return tuple(
+        None if tensor is None or not tensor.requires_grad else next(found) for tensor in inputs
+    )
 
 
 def scaled(q: Tensor, scale: float) -> Tensor:

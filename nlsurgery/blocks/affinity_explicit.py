@@ -58,7 +58,7 @@ def _is_plain(q: Tensor, k: Tensor, has_backward: bool) -> bool:
 
 
 def _keeps_bfloat16(q: Tensor) -> bool:
-    return q.dtype == torch.bfloat16 and not products.fuses_bfloat16()
+    return q.dtype == torch.bfloat16 and products.are_by_onednn(q.dtype, q.device.type)
 
 
 class _Explicit(torch.autograd.Function):

@@ -152,15 +152,20 @@ def fused_gradients(
         dy: (B, heads, N, V) gradient.
         scale: The factor on the logits.
     """
+    if y is not None and not (q.dtype == torch.float32 and is_spread(q, k, total, scale)):
+        operands = _fusable_together(q, k, v)
+        size = operands[2].shape[3]
+        grad, y = (_fusable(_widened(t, size)) for t in (dy, y))
+        found = _fused_backward(grad, *operands, y, total, 0.0, False, scale=scale)
+        return tuple(g[..., : t.shape[3]] for g, t in zip(found, (q, k, v), strict=True))
+    shapes = q.shape, k.shape, v.shape
+    q, k, v, total, dy = (t.flatten(0, 1) for t in (q, k, v, total, dy))
     if y is None:
-        return bfloat16_gradients(q, k, v, total, dy, scale)
-    if q.dtype == torch.float32 and _is_spread(q, k, total, scale):
-        return tuple(_spread_gradients(q, k, v, y, dy, total, scale))
-    operands = _fusable_together(q, k, v)
-    size = operands[2].shape[3]
-    grad, y = (_fusable(_widened(t, size)) for t in (dy, y))
-    found = _fused_backward(grad, *operands, y, total, 0.0, False, scale=scale)
-    return tuple(g[..., : t.shape[3]] for g, t in zip(found, (q, k, v), strict=True))
+        found = bfloat16_gradients(q, k, v, total, dy, scale)
+    else:
+        y = y[..., : v.shape[2]].flatten(0, 1)
+        found = tiled_gradients(q, k, v, y, dy, total.unsqueeze(2), scale)
+    return tuple(g.view(shape) for g, shape in zip(found, shapes, strict=True))
 
 
 def _fusable_together(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
@@ -174,18 +179,16 @@ def bfloat16_gradients(
     """The gradients of bfloat16 queries, keys and values over chunks of queries.
 
     Args:
-        q: (B, heads, N, C') queries.
-        k: (B, heads, M, C') keys.
-        v: (B, heads, M, V) values.
-        total: (B, heads, N) logarithm of each row's sum of exponentials, float32.
-        dy: (B, heads, N, V) gradient.
+        q: (B, N, C') queries.
+        k: (B, M, C') keys.
+        v: (B, M, V) values.
+        total: (B, N) logarithm of each row's sum of exponentials, float32.
+        dy: (B, N, V) gradient.
         scale: The factor on the logits.
     """
-    shapes = q.shape, k.shape, v.shape
-    q, k, v, dy = (t.flatten(0, 1) for t in (q, k, v, dy))
-    total = total.flatten(0, 1).unsqueeze(2)
-    mean = mean_logit(q, k, scale)
-    floor = FLOOR if lies_apart(total, mean) else None
+    total = total.unsqueeze(2)
+    mean = _mean_logit(q, k, scale)
+    floor = FLOOR if _lies_apart(total, mean) else None
     shift = _weighty_logit(k.shape[1], total, mean).to(q.dtype).neg_()
     del mean
     operands = q, k, v, dy
@@ -194,8 +197,7 @@ def bfloat16_gradients(
     found = list(_gradients_about(shift, *operands, scale, floor))
     del operands
     # Sums are freed one by one: on a large map they are as large as all else together.
-    laid_out = [like(found.pop(0), t) for t in (q, k, v)]
-    return tuple(g.view(shape) for g, shape in zip(laid_out, shapes, strict=True))
+    return tuple(like(found.pop(0), t) for t in (q, k, v))
 
 
 def _gradients_about(
@@ -213,26 +215,17 @@ def _gradients_about(
     return gradients_over_chunks(q, k, v, scale, dy, weights)
 
 
-def _spread_gradients(
-    q: Tensor, k: Tensor, v: Tensor, y: Tensor, dy: Tensor, total: Tensor, scale: float
-) -> list[Tensor]:
-    """The gradients of q, k and v over tiles; y may have channels of zeros after those of v."""
-    shapes = q.shape, k.shape, v.shape
-    q, k, v, y, dy = (t.flatten(0, 1) for t in (q, k, v, y[..., : v.shape[3]], dy))
-    found = tiled_gradients(q, k, v, y, dy, total.flatten(0, 1).unsqueeze(2), scale)
-    return [g.view(shape) for g, shape in zip(found, shapes, strict=True)]
-
-
-def mean_logit(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def _mean_logit(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """The mean of each row's logits, (…, N, 1) float32, of q (…, N, C') and k (…, M, C')."""
     return torch.matmul(q, k.mean(-2, keepdim=True).transpose(-2, -1)).float() * scale
 
 
-def _is_spread(q: Tensor, k: Tensor, total: Tensor, scale: float) -> bool:
-    return lies_apart(total.unsqueeze(-1), mean_logit(q, k, scale))
+def is_spread(q: Tensor, k: Tensor, total: Tensor, scale: float) -> bool:
+    """Whether logits of q (…, N, C') and k (…, M, C'), of sums ``total`` (…, N), make denormal weights."""
+    return _lies_apart(total.unsqueeze(-1), _mean_logit(q, k, scale))
 
 
-def lies_apart(total: Tensor, mean: Tensor) -> bool:
+def _lies_apart(total: Tensor, mean: Tensor) -> bool:
     """Whether many rows' weights reach from 1 down to denormal numbers."""
     return bool((total - mean > SPREAD).float().mean() > SPREAD_ROWS)
 

@@ -92,41 +92,21 @@ def _attention_backward(
     form: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
-    found = _gradients(q, k, v, y, total, dy, scale, form)
+    found: tuple[Tensor, ...]
+    if _is_fused(q, k, v, form):
+        found = fused_gradients(q, k, v, y if needs_values(q) else None, total, dy, scale)
+    else:
+        queries, keys, values, y, total, dy = (t.flatten(0, 1) for t in (q, k, v, y, total, dy))
+        if products.are_by_onednn(q.dtype, q.device.type):
+            found = row_gradients(queries, keys, values, y, total, dy, scale)
+        else:
+            found = tiled_gradients(queries, keys, values, y, dy, total.unsqueeze(2), scale)
     dq, dk, dv = (g.reshape(t.shape).contiguous() for g, t in zip(found, (q, k, v), strict=True))
     return dq, dk, dv
 
 
-def _gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    total: Tensor,
-    dy: Tensor,
-    scale: float,
-    form: str,
-) -> tuple[Tensor, ...]:
-    if _is_fused(q, k, v, form):
-        return fused_gradients(q, k, v, y if needs_values(q) else None, total, dy, scale)
-    flat = [t.flatten(0, 1) for t in (q, k, v, y, total, dy)]
-    if products.are_by_onednn(q.dtype, q.device.type):
-        return row_gradients(flat[0], flat[1], flat[2], flat[3], flat[4], flat[5], scale)
-    queries, keys, values, y, total, dy = flat
-    return tiled_gradients(queries, keys, values, y, dy, total.unsqueeze(2), scale)
-
-
 @_attention_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    total: Tensor,
-    dy: Tensor,
-    scale: float,
-    form: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     return dq, dk, dv
 
@@ -148,9 +128,9 @@ def _is_fused(q: Tensor, k: Tensor, v: Tensor, form: str) -> bool:
     if q.numel() == 0 or k.numel() == 0:
         # torch's kernel divides by zero where there is nothing.
         return False
-    if form == "auto" and is_small(q, k):
-        return True
     if form == "auto":
+        if is_small(q, k):
+            return True
         form = choose_implementation(
             "embedded_gaussian",
             num_queries=q.shape[2],

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nlsurgery.blocks.affinity import scaled, softmax_gradients
 from nlsurgery.blocks.affinity_chunks import pieces
-from nlsurgery.blocks.affinity_fused import bfloat16_gradients, lies_apart, mean_logit
+from nlsurgery.blocks.affinity_fused import bfloat16_gradients, is_spread
 from nlsurgery.blocks.affinity_tiles import EVEN, FLOOR
 from nlsurgery.blocks.products import product, product_and
 
@@ -142,9 +142,7 @@ def row_gradients(
         scale: The factor on the logits.
     """
     if y is None or q.dtype == torch.bfloat16:
-        heads = [t.unsqueeze(1) for t in (q, k, v, total, dy)]
-        narrow = bfloat16_gradients(heads[0], heads[1], heads[2], heads[3], heads[4], scale)
-        return tuple(g.squeeze(1) for g in narrow)
+        return bfloat16_gradients(q, k, v, total, dy, scale)
     queries, keys, values, dy = (t.float() for t in (q, k, v, dy))
     found = _float_gradients(queries, keys, values, y, dy, total, scale)
     return tuple(g.to(t.dtype) for g, t in zip(found, (q, k, v), strict=True))
@@ -153,7 +151,7 @@ def row_gradients(
 def _float_gradients(
     q: Tensor, k: Tensor, v: Tensor, y: Tensor, dy: Tensor, total: Tensor, scale: float
 ) -> list[Tensor]:
-    floor = FLOOR / LOG_2 if lies_apart(total.unsqueeze(2), mean_logit(q, k, scale)) else None
+    floor = FLOOR / LOG_2 if is_spread(q, k, total, scale) else None
     # Of softmax: ds = p (dp - Σ_j p_j dp_j), and Σ_j p_j dp_j = y · dy.
     dot = dy.mul(y).sum(-1).neg_()
     found: list[list[Tensor]] = [[], [], []]

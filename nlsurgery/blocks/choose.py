@@ -122,8 +122,6 @@ def _by_onednn(
     value_size: int,
     dtype: torch.dtype,
 ) -> str:
-    if dtype == torch.bfloat16 and products.fuses_bfloat16():
-        return "explicit" if num_keys <= SMALL_MAP else "fused"
     logits = batch * num_queries * num_keys
     if dtype == torch.bfloat16:
         # To keep the map saves backward a product, and weighs half as much as in float32.
@@ -136,4 +134,5 @@ def _by_onednn(
 
 def without_denormals(dtype: torch.dtype) -> str:
     """What takes the place of ``explicit`` on a CPU where weights are denormal numbers, by dtype."""
-    return "fused" if dtype == torch.bfloat16 and products.fuses_bfloat16() else "chunked"
+    fused = dtype == torch.bfloat16 and not products.are_by_onednn(dtype, "cpu")
+    return "fused" if fused else "chunked"

@@ -20,9 +20,11 @@ MKL_MAKER = "GenuineIntel"
 
 
 def are_by_onednn(dtype: torch.dtype, device_type: str) -> bool:
-    """Whether products in ``dtype``'s accumulator go by oneDNN: where it is faster, and not turned off."""
+    """Whether softmax attention in ``dtype`` goes by oneDNN: where it is faster, and not turned off."""
     known = device_type == "cpu" and accumulator(dtype) == torch.float32
-    return known and is_onednn_faster() and bool(torch.backends.mkldnn.enabled)
+    if not (known and is_onednn_faster() and torch.backends.mkldnn.enabled):
+        return False
+    return dtype != torch.bfloat16 or not fuses_bfloat16()
 
 
 @lru_cache(maxsize=1)

@@ -69,7 +69,7 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _again(F.linear(x, weight, bias), (x, weight, bias), dy)
+            return differentiable_gradients(F.linear(x, weight, bias), (x, weight, bias), dy)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         dy = dy.contiguous()
         dx = product(dy, weight.t()) if needs_x else None
@@ -90,7 +90,8 @@ class _Columns(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         x, weight, bias = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _again(F.conv1d(x, weight.unsqueeze(2), bias), (x, weight, bias), dy)
+            y = F.conv1d(x, weight.unsqueeze(2), bias)
+            return differentiable_gradients(y, (x, weight, bias), dy)
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         dy = dy.contiguous()
         dx = _each(weight.t(), dy) if needs_x else None
@@ -109,10 +110,3 @@ def _each(matrix: Tensor, x: Tensor) -> Tensor:
         # Not a view, which could not be changed in place after a function of ours.
         return torch.ops.aten._unsafe_view(made, (1, *made.shape))  # type: ignore[no-any-return]
     return torch.stack([product(matrix, item.t()) for item in x])
-
-
-def _again(y: Tensor, inputs: tuple[Tensor | None, ...], dy: Tensor) -> tuple[Any, ...]:
-    """Gradients that can be differentiated again."""
-    present = [tensor for tensor in inputs if tensor is not None]
-    found = iter(differentiable_gradients(y, present, dy))
-    return tuple(None if tensor is None else next(found) for tensor in inputs)

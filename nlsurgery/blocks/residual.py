@@ -60,9 +60,11 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
         (B, C', *spatial) in the memory format of ``x``.
     """
     if is_plain(projection):
-        weight = cast(Tensor, projection.weight)
-        if x.dim() == 5 or goes_by_products(x, weight):
-            return convolve(x, weight, cast("Tensor | None", projection.bias))
+        weight, bias = cast(Tensor, projection.weight), cast("Tensor | None", projection.bias)
+        if x.dim() == 5:
+            return convolve(x, weight, bias)
+        if goes_by_products(x, weight):
+            return pointwise_products(x, weight, bias)
     return projection(x)  # type: ignore[no-any-return]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nlsurgery.blocks import NonLocal, affinity_chunks
-from nlsurgery.blocks.affinity_fused import _weighty_logit, fused_attend, mean_logit
+from nlsurgery.blocks.affinity_fused import _mean_logit, _weighty_logit, fused_attend
 from nlsurgery.blocks.affinity_softmax import softmax_attend
 
 
@@ -156,7 +156,7 @@ def test_what_is_subtracted_is_near_the_logits_that_weigh(case):
     q, k, _ = case()
     logits = torch.bmm(q, k.transpose(1, 2))
     total = logits.logsumexp(-1, keepdim=True)
-    shift = _weighty_logit(400, total, mean_logit(q, k, 1.0))
+    shift = _weighty_logit(400, total, _mean_logit(q, k, 1.0))
     slack = 1e-3 * (1 + total.abs())
     assert (shift <= total + slack).all()
     assert (shift >= total - torch.tensor(400.0).log() - slack).all()

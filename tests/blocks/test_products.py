@@ -99,6 +99,8 @@ def test_onednn_turned_off_is_not_used():
         warnings.simplefilter("ignore")  # on the way torch asks for the state of other devices
         with torch.backends.mkldnn.flags(enabled=False):
             assert not products.are_by_onednn(torch.float32, "cpu")
+            assert not products.are_by_onednn(torch.bfloat16, "cpu")
+            assert without_denormals(torch.bfloat16) == "fused"
     assert products.are_by_onednn(torch.float32, "cpu")
 
 
