@@ -18,6 +18,7 @@ from nlsurgery.blocks.affinity_chunks import (
     pieces,
     set_product,
 )
+from nlsurgery.blocks.affinity_rows import row_attend
 from nlsurgery.blocks.geometry import is_eager
 
 #: From so many logits on a function of our own is faster than plain operations on a CPU: where there is
@@ -25,9 +26,8 @@ from nlsurgery.blocks.geometry import is_eager
 OWN_LOGITS, OWN_LOGITS_FORWARD = 1 << 18, 1 << 22
 #: The same where bfloat16 is multiplied four times as fast as float32, but not by fused attention.
 OWN_LOGITS_BFLOAT16 = 1 << 17
-#: Logits up to which they are formed by two bfloat16 products, beyond it by one of float32 factors: two
-#: write to memory that is there, and that is known to stay in a cache.
-ITEM_LOGITS = 1 << 20
+#: Logits of an item from which on it goes by itself (``affinity_rows.py``): fewer go with others of the batch.
+ITEM_LOGITS = 1 << 18
 
 
 def explicit_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -45,6 +45,8 @@ def explicit_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     has_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if _is_plain(q, k, has_backward):
         return apply_map(softmax_map(q, k, scale), v)
+    if _keeps_bfloat16(q) and q.shape[1] * k.shape[1] >= ITEM_LOGITS:
+        return row_attend(q, k, v, scale, keep=True)
     return _Explicit.apply(q, k, v, scale, has_backward)  # type: ignore[no-any-return]
 
 
@@ -74,8 +76,6 @@ class _Explicit(torch.autograd.Function):
         kept = q.new_empty(batch, num_queries, num_keys, dtype=dtype) if has_backward else None
         if not narrow:
             y = _attended(q, k, v, scale, kept)
-        elif num_queries * num_keys > ITEM_LOGITS:
-            y = rows.attended(q, k, v, scale, kept=kept)[0]
         else:
             y = empty_as(v, num_queries)
             for b in pieces(batch, ITEM_LOGITS // max(1, num_queries * num_keys)):

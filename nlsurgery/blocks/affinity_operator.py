@@ -12,7 +12,8 @@ from torch import Tensor
 
 from nlsurgery.blocks import products
 from nlsurgery.blocks.affinity_fused import fused_gradients, fused_values, needs_values
-from nlsurgery.blocks.affinity_rows import attended, row_gradients
+from nlsurgery.blocks.affinity_row_gradients import row_gradients
+from nlsurgery.blocks.affinity_rows import attended
 from nlsurgery.blocks.affinity_tiles import tiled_gradients, tiled_values
 from nlsurgery.blocks.choose import choose_implementation
 from nlsurgery.blocks.geometry import takes_plain_operators
@@ -70,7 +71,7 @@ def _values(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> tuple[T
         return y[..., : v.shape[3]], total
     queries, keys, values = (t.flatten(0, 1) for t in (q, k, v))
     if products.are_by_onednn(q.dtype, q.device.type):
-        return attended(queries, keys, values, scale, has_backward=True)
+        return attended(queries, keys, values, scale)
     return tiled_values(queries, keys, values, scale)[:2]
 
 

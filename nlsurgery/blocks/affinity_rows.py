@@ -1,9 +1,8 @@
 """Softmax attention over rows of the map, on oneDNN's products (``products.py``).
 
-Forward takes some queries and all keys at a time: their logits in float32, the softmax, and the product
-with the values, in bfloat16 where these are so. Backward forms weights again from each row's sum of
-exponentials: in bfloat16 over rows (``affinity_fused.py``), else over tiles of queries and keys, where every
-pass but the exponentials is part of a product.
+The exponentials are part of the product that forms the logits, taken of its float32 sums before they are
+rounded. Forward takes some queries and all keys at a time; ``affinity_row_gradients.py`` has the gradients. Keys
+are the rows of a tile throughout: what is subtracted from a query's logits is then a bias of the product.
 """
 
 from __future__ import annotations
@@ -14,24 +13,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlsurgery.blocks.affinity import scaled, softmax_gradients
-from nlsurgery.blocks.affinity_chunks import pieces
-from nlsurgery.blocks.affinity_fused import bfloat16_gradients, is_spread
-from nlsurgery.blocks.affinity_tiles import EVEN, FLOOR
-from nlsurgery.blocks.products import product, product_and
+from nlsurgery.blocks.affinity import softmax_gradients
+from nlsurgery.blocks.affinity_chunks import Workspace, pieces
+from nlsurgery.blocks.affinity_row_gradients import row_gradients
+from nlsurgery.blocks.products import (
+    LOG_2,
+    computed,
+    exponentials,
+    factors,
+    first_factor,
+    is_exact,
+    product,
+    product_and,
+)
 
-#: The natural logarithm of 2.
-LOG_2 = math.log(2)
+#: How far above a bfloat16 row's mean logit its shift lies: the largest may lie anywhere between, but for what
+#: follows.
+ABOVE_MEAN = 68.0
+#: Above this sum of exponentials, less the shift, they may be off by a share of as much as the sum.
+LARGEST_SUM = math.exp(-8.0)
+#: Below this sum weights are lost: what is less than 1e-38 is 0.
+SMALLEST_SUM = math.exp(-75.0)
+#: The share of rows with another sum up to which these are formed again, and not all of them.
+FEW_ROWS = 0.25
 #: Powers of two up to this one need no shift.
 NEAR = 60.0
-#: Logits formed at a time (4 MB), and up to how many where those are fewer rows than a product is fast with.
-ROWS, MANY_ROWS = 1 << 20, 1 << 22
-FAST_ROWS = 256
-#: Queries and keys of a tile in backward (2 MB): larger ones are no faster, and take memory.
-TILE_QUERIES, TILE_KEYS = 1 << 10, 1 << 9
+#: Bytes of weights formed at a time, and up to how many where those are fewer rows than a product is fast with.
+ROWS, MANY_ROWS = 4 << 20, 16 << 20
+FAST_ROWS = {True: 256, False: 512}
 
 
-def row_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def row_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, *, keep: bool = False) -> Tensor:
     """Σ_j softmax_j(scale · q_i · k_j) v_j over rows of the map, without autocast.
 
     Args:
@@ -39,33 +51,37 @@ def row_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         k: (B, M, C') keys.
         v: (B, M, V) values.
         scale: The factor on the logits.
+        keep: Whether the map is kept for backward, not formed again.
 
     Returns:
         (B, N, V) in the dtype of ``v``.
     """
     has_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    return _Rows.apply(q, k, v, scale, has_backward)  # type: ignore[no-any-return]
+    return _Rows.apply(q, k, v, scale, has_backward, keep)  # type: ignore[no-any-return]
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, has_backward: bool
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, has_backward: bool, keep: bool
     ) -> Tensor:
-        y, total = attended(q, k, v, scale, has_backward=has_backward)
+        kept: list[Tensor] | None = [] if has_backward and keep else None
+        rest = None
+        if has_backward and not is_exact(v):
+            rest = v.new_zeros(v.shape[0], v.shape[2], q.shape[1]).transpose(1, 2)
+        y, total = attended(q, k, v, scale, kept, rest)
         if has_backward:
-            kept = [] if q.dtype == torch.bfloat16 else [y]
-            ctx.save_for_backward(q, k, v, total, *kept)
+            ctx.save_for_backward(q, k, v, y, rest, total, *(kept or ()))
             ctx.scale = scale
         return y.to(v.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        q, k, v, total, *kept = ctx.saved_tensors
+        q, k, v, y, rest, total, *kept = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *softmax_gradients(q, k, v, ctx.scale, dy), None, None
-        y = kept[0] if kept else None
-        return *row_gradients(q, k, v, y, total, dy, ctx.scale), None, None
+            return *softmax_gradients(q, k, v, ctx.scale, dy), None, None, None
+        found = row_gradients(q, k, v, y, total, dy, ctx.scale, rest, kept)
+        return *found, None, None, None
 
 
 def attended(
@@ -73,9 +89,8 @@ def attended(
     k: Tensor,
     v: Tensor,
     scale: float,
-    *,
-    has_backward: bool = False,
-    kept: Tensor | None = None,
+    kept: list[Tensor] | None = None,
+    rest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to values without a graph.
 
@@ -84,147 +99,127 @@ def attended(
         k: (B, M, C') keys.
         v: (B, M, V) values.
         scale: The factor on the logits.
-        has_backward: Whether the second result is wanted; it is empty otherwise.
-        kept: (B, N, M) bfloat16, which the softmax of bfloat16 queries is written to.
+        kept: Where the softmax of each batch item is added to, as (M, N), each column times a factor.
+        rest: (B, N, V) bfloat16 zeros, where it is written what rounding took from the result.
 
     Returns:
-        (B, N, V) in bfloat16 or float32, and (B, N), each row's logarithm of its sum of exponentials.
+        (B, N, V) in bfloat16 or float32, and (B, N), each row's logarithm of its sum of exponentials, or of
+        its column's sum in ``kept``.
     """
-    batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
-    exact = v.dtype != torch.bfloat16
-    values = v.float() if exact else v
-    y = values.new_empty(batch, v.shape[2], num_queries)
-    total = q.new_empty(batch, num_queries if has_backward else 0, dtype=torch.float32)
-    for b in range(batch):
-        keys = k[b].float()
-        for i in pieces(num_queries, _rows(num_keys, exact)):
-            # Powers of two take a quarter of the time of MKL's exponentials.
-            logits = product(q[b, i].float() * (scale / LOG_2), keys)
-            peak = logits.amax(-1, keepdim=True)
-            shifted = bool(peak.abs().max() > NEAR)
-            if shifted:
-                logits.sub_(peak)
-            p = logits.exp2_()
-            sums = p.sum(-1, keepdim=True)
-            if exact:
-                torch.div(product(values[b].t(), p), sums.t(), out=y[b, :, i])
+    q, k, v = (computed(t) for t in (q, k, v))
+    y = v.new_empty(q.shape[0], v.shape[2], q.shape[1])
+    total = q.new_empty(q.shape[:2], dtype=torch.float32)
+    rows = q.shape[1] if kept is not None else _rows(k.shape[1], v)
+    is_near = not is_exact(v) and k.shape[1] > 0
+    for b in range(q.shape[0]):
+        item = _Item(q[b], k[b], v[b], scale, is_near=is_near)
+        for i in pieces(q.shape[1], rows):
+            taken = None if rest is None else rest[b, i].t()
+            weights, sums, shift = item.attend(i, y[b, :, i], taken)
+            torch.log(sums, out=total[b, i])
+            if kept is not None:
+                kept.append(weights.contiguous())
             else:
-                # Divided before they are rounded: a rounded sum would be rounded again.
-                p.mul_(sums.reciprocal())
-                weights = p.to(v.dtype) if kept is None else kept[b, i].copy_(p)
-                y[b, :, i] = torch.mm(values[b].t(), weights.t())
-            if has_backward:
-                row_total = sums.log_()
-                total[b, i] = (row_total.add_(peak, alpha=LOG_2) if shifted else row_total).squeeze(
-                    1
-                )
+                total[b, i] += shift
+        is_near = item.is_near
     return y.transpose(1, 2), total
 
 
-def _rows(num_keys: int, exact: bool) -> int:
-    # Rounded weights take memory besides the logits.
-    most = MANY_ROWS if exact else MANY_ROWS // 2
-    return max(64, min(FAST_ROWS, most // max(1, num_keys)), ROWS // max(1, num_keys))
-
-
-def row_gradients(
-    q: Tensor, k: Tensor, v: Tensor, y: Tensor | None, total: Tensor, dy: Tensor, scale: float
-) -> tuple[Tensor, ...]:
-    """The gradients of q, k and v, of what :func:`attended` takes and gives.
-
-    Args:
-        q: (B, N, C') queries.
-        k: (B, M, C') keys.
-        v: (B, M, V) values.
-        y: (B, N, V) float32, not used where queries are bfloat16.
-        total: (B, N).
-        dy: (B, N, V) gradient.
-        scale: The factor on the logits.
-    """
-    if y is None or q.dtype == torch.bfloat16:
-        return bfloat16_gradients(q, k, v, total, dy, scale)
-    queries, keys, values, dy = (t.float() for t in (q, k, v, dy))
-    found = _float_gradients(queries, keys, values, y, dy, total, scale)
-    return tuple(g.to(t.dtype) for g, t in zip(found, (q, k, v), strict=True))
-
-
-def _float_gradients(
-    q: Tensor, k: Tensor, v: Tensor, y: Tensor, dy: Tensor, total: Tensor, scale: float
-) -> list[Tensor]:
-    floor = FLOOR / LOG_2 if is_spread(q, k, total, scale) else None
-    # Of softmax: ds = p (dp - Σ_j p_j dp_j), and Σ_j p_j dp_j = y · dy.
-    dot = dy.mul(y).sum(-1).neg_()
-    found: list[list[Tensor]] = [[], [], []]
-    for b in range(q.shape[0]):
-        item = _Item(k[b], v[b], scale, floor)
-        dq = q.new_zeros(q.shape[2], q.shape[1])
-        for i in pieces(q.shape[1], TILE_QUERIES, EVEN):
-            part = item.add(q[b, i], dy[b, i], total[b, i] / -LOG_2, dot[b, i])
-            if part is not None:
-                torch.mul(part, scale, out=dq[:, i])
-        for kept, gradient in zip(found, (dq, *item.gathered()), strict=True):
-            kept.append(gradient)
-    return [_stacked(g, like) for g, like in zip(found, (q, k, v), strict=True)]
-
-
-def _stacked(items: list[Tensor], like: Tensor) -> Tensor:
-    """(C, count) of each batch item as (B, count, C)."""
-    if not items:
-        return torch.zeros_like(like)
-    stacked = items[0].unsqueeze(0) if len(items) == 1 else torch.stack(items)
-    return stacked.transpose(1, 2)
+def _rows(num_keys: int, v: Tensor) -> int:
+    size = max(1, num_keys * v.itemsize)
+    return max(64, min(FAST_ROWS[is_exact(v)], MANY_ROWS // size), ROWS // size)
 
 
 class _Item:
-    """The gradients of one batch item, gathered over tiles of queries."""
+    """The queries, keys and values of one batch item.
 
-    def __init__(self, k: Tensor, v: Tensor, scale: float, floor: float | None) -> None:
-        self.k, self.v, self.scale, self.floor = k, v, scale, floor
-        self.columns = list(pieces(k.shape[0], TILE_KEYS, EVEN))
-        #: Of each tile of keys, (C', keys) and (V, keys) so far.
-        self.dk: list[Tensor | None] = [None] * len(self.columns)
-        self.dv: list[Tensor | None] = [None] * len(self.columns)
+    Args:
+        q: (N, C') queries, bfloat16 or float32.
+        k: (M, C') keys.
+        v: (M, V) values.
+        scale: The factor on the logits.
+        is_near: Whether exponentials are part of the product, in bfloat16: unless logits are spread widely.
+    """
 
-    def add(self, q: Tensor, dy: Tensor, shift: Tensor, dot: Tensor) -> Tensor | None:
-        """Add the parts of some queries.
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, is_near: bool) -> None:
+        self.q, self.k, self.values, self.scale = q, k, v.t(), scale
+        self.is_near, self.is_exact = is_near, is_exact(v)
+        if is_near:
+            self.queries, keys = factors(q, k, scale)
+            self.keys = first_factor(keys)
+            self.shift = _mean(self.queries, keys).add_(ABOVE_MEAN)
+
+    def attend(
+        self, i: slice, y: Tensor, rest: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend to the values.
 
         Args:
-            q: (rows, C').
-            dy: (rows, V) gradient.
-            shift: (rows,) the logarithm to base 2 of each row's sum of exponentials, negative.
-            dot: (rows,) Σ_j p_j dp_j, negative.
+            i: Which queries.
+            y: (V, rows), for the result.
+            rest: (V, rows), for what rounding took from it.
 
         Returns:
-            (C', rows), the gradient of the scaled queries; ``None`` where there are no keys.
+            (M, rows), the softmax, each column times a factor; (rows,), that factor; (rows,) the logarithm
+            to add to that of the factor for the logarithm of the sum of exponentials.
         """
-        q, dy = scaled(q, self.scale).contiguous(), dy.contiguous()
-        powers = q / LOG_2
-        dq = None
-        for j, columns in enumerate(self.columns):
-            keys, values = self.k[columns], self.v[columns]
-            # Keys are the rows of a tile: what belongs to a query is a bias of the product.
-            p = product(keys, powers, shift)
-            if self.floor is not None:
-                p.clamp_(min=self.floor)
-            p.exp2_()
-            self.dv[j] = _plus(self.dv[j], dy.t(), p)
-            ds = product_and("mul", p, values, dy, dot)
-            self.dk[j] = _plus(self.dk[j], q.t(), ds)
-            dq = _plus(dq, keys.t(), ds.t())
-        return dq
+        p, sums, shift = self._near(i) if self.is_near else self._passes(self.q[i])
+        self._divide(product(self.values, p.t()), sums, y, rest)
+        return p, sums, shift
 
-    def gathered(self) -> tuple[Tensor, Tensor]:
-        """(C', M) and (V, M), the gradients of keys and values."""
-        return _joined(self.dk, self.k), _joined(self.dv, self.v)
+    def _near(self, i: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Exponentials as part of the product; what :meth:`attend` returns."""
+        # Keys come first: what is subtracted from a query's logits is a bias of its column.
+        shift = self.shift[i]
+        p = exponentials(self.keys, self.queries[i], -shift)
+        sums = _sums(p)
+        smallest, largest = (float(bound) for bound in torch.aminmax(sums))
+        if smallest >= SMALLEST_SUM and largest <= LARGEST_SUM:
+            return p, sums, shift
+        rows = (~((sums >= SMALLEST_SUM) & (sums <= LARGEST_SUM))).nonzero().squeeze(1)
+        if rows.shape[0] > FEW_ROWS * sums.shape[0]:
+            self.is_near = False
+            return self._passes(self.q[i])
+        shift = shift.clone()
+        for part, formed in zip((p, sums, shift), self._passes(self.q[i][rows]), strict=True):
+            part.index_copy_(-1, rows, formed)
+        return p, sums, shift
+
+    def _passes(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Exponentials of any logits, by passes over them; what :meth:`attend` returns."""
+        # Powers of two take a quarter of the time of MKL's exponentials.
+        p = product(q.float() * (self.scale / LOG_2), self.k.float())
+        peak = p.amax(-1)
+        if bool(peak.abs().max() <= NEAR):
+            peak.zero_()
+        else:
+            p.sub_(peak.unsqueeze(1))
+        weights = p.exp2_().to(q.dtype)
+        if not self.is_exact:
+            # The sum is of what is multiplied.
+            p.copy_(weights)
+        return weights.t(), p.sum(-1), peak.mul_(LOG_2)
+
+    def _divide(self, values: Tensor, sums: Tensor, y: Tensor, rest: Tensor | None) -> None:
+        if self.is_exact:
+            torch.div(values, sums, out=y)
+            return
+        exact = Workspace(sums, sums.dtype, "rest").take(*values.shape).copy_(values)
+        y.copy_(exact.div_(sums))
+        if rest is not None:
+            rounded = Workspace(sums, sums.dtype, "logits").take(*values.shape).copy_(y)
+            rest.copy_(exact.sub_(rounded))
 
 
-def _joined(parts: list[Tensor | None], like: Tensor) -> Tensor:
-    made = [part for part in parts if part is not None]
-    parts.clear()
-    if not made:
-        return like.new_zeros(like.shape[1], like.shape[0])
-    return made[0] if len(made) == 1 else torch.cat(made, 1)
+def _mean(queries: Tensor, keys: Tensor) -> Tensor:
+    """The mean of each row's logits, (N,) float32."""
+    return product(keys.mean(0, keepdim=True), queries).squeeze(0).float()
 
 
-def _plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    return product(a, b) if total is None else product_and("add", total, a, b)
+def _sums(p: Tensor) -> Tensor:
+    """The sums over keys of bfloat16 (M, rows), (rows,) float32."""
+    # By products: a sum in float32 would first cast the whole of it.
+    ones = p.new_ones(1, p.shape[0])
+    rounded = product(ones, p.t())
+    rest = product_and("add", -rounded, ones, p.t())
+    return rounded.float().add_(rest).squeeze(0)

@@ -6,6 +6,7 @@ oneDNN, which comes with torch, uses it. On one core of an AMD Zen 5 its product
 
 from __future__ import annotations
 
+import math
 import platform
 from functools import lru_cache
 from pathlib import Path
@@ -17,6 +18,10 @@ from nlsurgery.blocks.affinity import accumulator
 
 #: What /proc/cpuinfo or Python calls the maker of a processor for which MKL uses all there is.
 MKL_MAKER = "GenuineIntel"
+#: Tokens from which on it pays to lay out a first factor's channels side by side.
+MANY_TOKENS = 1 << 10
+#: The natural logarithm of 2.
+LOG_2 = math.log(2)
 
 
 def are_by_onednn(dtype: torch.dtype, device_type: str) -> bool:
@@ -57,16 +62,36 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """A bᵀ + bias, by oneDNN.
 
     Args:
-        a: (N, K) float32.
+        a: (N, K) float32 or bfloat16.
         b: (M, K).
         bias: (M,), contiguous.
 
     Returns:
         (N, M), contiguous.
     """
+    if bias is None and a.dtype == torch.bfloat16 and a.shape[0] > 1:
+        # By oneDNN as well, of any strides.
+        return torch.mm(a, b.t())
     # The overload is named: to find it torch would try to read tensors as lists.
     linear = torch.ops.mkldnn._linear_pointwise.default
     return linear(_strided(a), _dense(b), bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def exponentials(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
+    """exp(a bᵀ + bias) of float32 sums, for what is well below 1: it is less by a share of as much as itself.
+
+    oneDNN knows no exponential, but the sigmoid: that of x is exp(x) / (1 + exp(x)).
+
+    Args:
+        a: (N, K) float32 or bfloat16.
+        b: (M, K).
+        bias: (M,) float32, contiguous.
+
+    Returns:
+        (N, M), contiguous; 0 for what is below 1.2e-38.
+    """
+    linear = torch.ops.mkldnn._linear_pointwise.default
+    return linear(_strided(a), _dense(b), bias, "sigmoid", [], "")  # type: ignore[no-any-return]
 
 
 def product_and(
@@ -77,7 +102,7 @@ def product_and(
     Args:
         operation: ``add`` or ``mul``.
         other: (N, M), contiguous.
-        a: (N, K) float32.
+        a: (N, K) float32 or bfloat16.
         b: (M, K).
         bias: (M,), contiguous.
 
@@ -95,3 +120,44 @@ def _strided(x: Tensor) -> Tensor:
 def _dense(x: Tensor) -> Tensor:
     # Where rows or columns of a second factor are apart oneDNN takes a thousand times as long.
     return x if x.is_contiguous() or x.t().is_contiguous() else x.contiguous()
+
+
+def computed(tokens: Tensor) -> Tensor:
+    """Tokens in the dtype of the products: float32 but for bfloat16."""
+    return tokens if tokens.dtype == torch.bfloat16 else tokens.float()
+
+
+def is_exact(tokens: Tensor) -> bool:
+    """Whether products of tokens are float32."""
+    return tokens.dtype != torch.bfloat16
+
+
+def factors(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Queries and keys whose product is scale · q kᵀ.
+
+    In bfloat16 scaled queries are rounded, but by a power of two; what rounding took is multiplied as well.
+
+    Args:
+        q: (N, C') queries.
+        k: (M, C') keys.
+        scale: The factor on the logits.
+    """
+    if scale == 1.0:
+        return q, k
+    if is_exact(q) or math.frexp(scale)[0] == 0.5:
+        return q * scale, k
+    scaled = q.float().mul_(scale)
+    rounded = scaled.to(q.dtype)
+    return beside(rounded, scaled.sub_(rounded).to(q.dtype)), beside(k, k)
+
+
+def first_factor(tokens: Tensor) -> Tensor:
+    """Tokens (N, C) as a product reads them fastest as its first factor: channels side by side, if there are many."""
+    return tokens if tokens.shape[0] <= MANY_TOKENS else tokens.contiguous()
+
+
+def beside(*parts: Tensor) -> Tensor:
+    """The channels of several (N, C), lying in memory as the first does."""
+    if parts[0].stride(0) == 1:
+        return torch.cat([part.t() for part in parts]).t()
+    return torch.cat(parts, 1)
