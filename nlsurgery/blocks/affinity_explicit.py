@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlsurgery.blocks import affinity_rows as rows
 from nlsurgery.blocks import products
 from nlsurgery.blocks.affinity import accumulator, apply_map, scaled, softmax_gradients, softmax_map
 from nlsurgery.blocks.affinity_chunks import (
@@ -18,16 +17,20 @@ from nlsurgery.blocks.affinity_chunks import (
     pieces,
     set_product,
 )
-from nlsurgery.blocks.affinity_rows import row_attend
+from nlsurgery.blocks.affinity_rows import row_attend, to_powers
 from nlsurgery.blocks.geometry import is_eager
+from nlsurgery.blocks.products import LOG_2
 
 #: From so many logits on a function of our own is faster than plain operations on a CPU: where there is
 #: a backward, and where there is none.
 OWN_LOGITS, OWN_LOGITS_FORWARD = 1 << 18, 1 << 22
 #: The same where bfloat16 is multiplied four times as fast as float32, but not by fused attention.
 OWN_LOGITS_BFLOAT16 = 1 << 17
-#: Logits of an item from which on it goes by itself (``affinity_rows.py``): fewer go with others of the batch.
-ITEM_LOGITS = 1 << 18
+#: Logits of an item from which on it goes by itself (``affinity_rows.py``), in bfloat16: where there is a
+#: backward, and where there is none.
+ITEM_LOGITS, ITEM_LOGITS_FORWARD = 1 << 19, 1 << 18
+#: Logits of the items that go together.
+GROUP_LOGITS = 1 << 20
 
 
 def explicit_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -45,7 +48,8 @@ def explicit_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     has_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if _is_plain(q, k, has_backward):
         return apply_map(softmax_map(q, k, scale), v)
-    if _keeps_bfloat16(q) and q.shape[1] * k.shape[1] >= ITEM_LOGITS:
+    limit = ITEM_LOGITS if has_backward else ITEM_LOGITS_FORWARD
+    if _keeps_bfloat16(q) and q.shape[1] * k.shape[1] >= limit:
         return row_attend(q, k, v, scale, keep=True)
     return _Explicit.apply(q, k, v, scale, has_backward)  # type: ignore[no-any-return]
 
@@ -78,7 +82,7 @@ class _Explicit(torch.autograd.Function):
             y = _attended(q, k, v, scale, kept)
         else:
             y = empty_as(v, num_queries)
-            for b in pieces(batch, ITEM_LOGITS // max(1, num_queries * num_keys)):
+            for b in pieces(batch, GROUP_LOGITS // max(1, num_queries * num_keys)):
                 p = _exact_softmax(q[b], k[b], scale, None if kept is None else kept[b])
                 set_product(y[b], p, v[b], 1.0)
         if kept is not None:
@@ -124,6 +128,5 @@ def _exact_softmax(q: Tensor, k: Tensor, scale: float, kept: Tensor | None) -> T
     torch.baddbmm(rounded, q, k.transpose(1, 2), beta=-1.0, out=rounded)
     # Copied by hand: a sum of two dtypes would take new memory for the copy.
     logits.add_(Workspace(q, torch.float32, "rest").take(*shape).copy_(rounded))
-    if scale != 1.0:
-        logits.mul_(scale)
-    return rounded.copy_(torch.softmax(logits, dim=-1, out=logits))
+    to_powers(logits.mul_(scale / LOG_2))
+    return rounded.copy_(logits.mul_(logits.sum(-1, keepdim=True).reciprocal_()))

@@ -1,7 +1,7 @@
 """Gradients of softmax attention over tiles of queries and keys, on oneDNN's products (``products.py``).
 
-Of softmax: ds = p (dp - Σ_j p_j dp_j), and Σ_j p_j dp_j = y · dy. The difference and the factor p are parts of the
-product that dp is, and in bfloat16 exponentials of the product that logits are: no pass over a tile is left then.
+Of softmax: ds = p (dp - Σ_j p_j dp_j), and Σ_j p_j dp_j = y · dy. The difference and the factor p are part of
+the product that forms dp, and in bfloat16 exponentials of the one that forms logits: no pass is left.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ABOVE_TOTAL = 16
 #: Queries and keys of a tile (2 MB): larger ones are no faster, and take memory.
 TILE_QUERIES = 1 << 10
 TILE_KEYS = {True: 1 << 9, False: 1 << 10}
-#: The share of a key channel's range by which its middle is off 0, from which on it is subtracted. It is rounded.
+#: Where the middle of a key channel is off 0 by more than this share of its range, it is subtracted.
 ASIDE = 0.125
 #: Values that are cast to float32 at a time.
 CAST = 1 << 20
@@ -154,7 +154,7 @@ def _with_dot(v: Tensor, dy: Tensor, dot: Tensor) -> tuple[Tensor, Tensor, Tenso
 def _centred(k: Tensor) -> Tensor:
     """Keys (M, C') less the middle of those channels whose values lie to one side of 0.
 
-    The gradients of a query's logits sum to 0, but for rounding, which would be multiplied by what keys share.
+    The gradients of a query's logits sum to 0, but for rounding, which what keys share would multiply.
     """
     if k.shape[0] == 0:
         return k

@@ -1,8 +1,7 @@
 """Softmax attention over rows of the map, on oneDNN's products (``products.py``).
 
-The exponentials are part of the product that forms the logits, taken of its float32 sums before they are
-rounded. Forward takes some queries and all keys at a time; ``affinity_row_gradients.py`` has the gradients. Keys
-are the rows of a tile throughout: what is subtracted from a query's logits is then a bias of the product.
+Some queries and all keys are taken at a time. In bfloat16 exponentials are part of the product that forms the
+logits, taken of its float32 sums before they are rounded. ``affinity_row_gradients.py`` has the gradients.
 """
 
 from __future__ import annotations
@@ -24,13 +23,11 @@ from nlsurgery.blocks.products import (
     first_factor,
     is_exact,
     product,
-    product_and,
 )
 
-#: How far above a bfloat16 row's mean logit its shift lies: the largest may lie anywhere between, but for what
-#: follows.
+#: How far above a bfloat16 row's mean logit its shift lies. The largest logit lies between the two.
 ABOVE_MEAN = 68.0
-#: Above this sum of exponentials, less the shift, they may be off by a share of as much as the sum.
+#: Above this sum of exponentials less the shift they may be off, by a share of as much as the sum.
 LARGEST_SUM = math.exp(-8.0)
 #: Below this sum weights are lost: what is less than 1e-38 is 0.
 SMALLEST_SUM = math.exp(-75.0)
@@ -38,7 +35,7 @@ SMALLEST_SUM = math.exp(-75.0)
 FEW_ROWS = 0.25
 #: Powers of two up to this one need no shift.
 NEAR = 60.0
-#: Bytes of weights formed at a time, and up to how many where those are fewer rows than a product is fast with.
+#: Bytes of weights formed at a time; up to how many where those are fewer rows than products are fast with.
 ROWS, MANY_ROWS = 4 << 20, 16 << 20
 FAST_ROWS = {True: 256, False: 512}
 
@@ -68,8 +65,8 @@ class _Rows(torch.autograd.Function):
         kept: list[Tensor] | None = [] if has_backward and keep else None
         rest = None
         if has_backward and not is_exact(v):
-            rest = v.new_zeros(v.shape[0], v.shape[2], q.shape[1]).transpose(1, 2)
-        y, total = attended(q, k, v, scale, kept, rest)
+            rest = v.new_empty(v.shape[0], v.shape[2], q.shape[1]).transpose(1, 2)
+        y, total = attended(q, k, v, scale, kept, rest, whole=keep)
         if has_backward:
             ctx.save_for_backward(q, k, v, y, rest, total, *(kept or ()))
             ctx.scale = scale
@@ -91,6 +88,8 @@ def attended(
     scale: float,
     kept: list[Tensor] | None = None,
     rest: Tensor | None = None,
+    *,
+    whole: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Attend to values without a graph.
 
@@ -100,7 +99,8 @@ def attended(
         v: (B, M, V) values.
         scale: The factor on the logits.
         kept: Where the softmax of each batch item is added to, as (M, N), each column times a factor.
-        rest: (B, N, V) bfloat16 zeros, where it is written what rounding took from the result.
+        rest: (B, N, V) bfloat16, where it is written what rounding took from the result.
+        whole: Whether all queries go at a time, as ``kept`` wants it.
 
     Returns:
         (B, N, V) in bfloat16 or float32, and (B, N), each row's logarithm of its sum of exponentials, or of
@@ -109,7 +109,7 @@ def attended(
     q, k, v = (computed(t) for t in (q, k, v))
     y = v.new_empty(q.shape[0], v.shape[2], q.shape[1])
     total = q.new_empty(q.shape[:2], dtype=torch.float32)
-    rows = q.shape[1] if kept is not None else _rows(k.shape[1], v)
+    rows = q.shape[1] if whole else _rows(k.shape[1], v)
     is_near = not is_exact(v) and k.shape[1] > 0
     for b in range(q.shape[0]):
         item = _Item(q[b], k[b], v[b], scale, is_near=is_near)
@@ -149,9 +149,7 @@ class _Item:
             self.keys = first_factor(keys)
             self.shift = _mean(self.queries, keys).add_(ABOVE_MEAN)
 
-    def attend(
-        self, i: slice, y: Tensor, rest: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(self, i: slice, y: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Attend to the values.
 
         Args:
@@ -187,18 +185,13 @@ class _Item:
 
     def _passes(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Exponentials of any logits, by passes over them; what :meth:`attend` returns."""
-        # Powers of two take a quarter of the time of MKL's exponentials.
         p = product(q.float() * (self.scale / LOG_2), self.k.float())
-        peak = p.amax(-1)
-        if bool(peak.abs().max() <= NEAR):
-            peak.zero_()
-        else:
-            p.sub_(peak.unsqueeze(1))
-        weights = p.exp2_().to(q.dtype)
+        shift = to_powers(p)
+        weights = p.to(q.dtype)
         if not self.is_exact:
             # The sum is of what is multiplied.
             p.copy_(weights)
-        return weights.t(), p.sum(-1), peak.mul_(LOG_2)
+        return weights.t(), p.sum(-1), shift.squeeze(1).mul_(LOG_2)
 
     def _divide(self, values: Tensor, sums: Tensor, y: Tensor, rest: Tensor | None) -> None:
         if self.is_exact:
@@ -211,6 +204,20 @@ class _Item:
             rest.copy_(exact.sub_(rounded))
 
 
+def to_powers(logits: Tensor) -> Tensor:
+    """Replace logits to base 2, (…, N, M), by their exponentials less a shift (…, N, 1), which is returned.
+
+    Powers of two take a quarter of the time of MKL's exponentials.
+    """
+    peak = logits.amax(-1, keepdim=True)
+    if bool(peak.abs().max() <= NEAR):
+        peak.zero_()
+    else:
+        logits.sub_(peak)
+    logits.exp2_()
+    return peak
+
+
 def _mean(queries: Tensor, keys: Tensor) -> Tensor:
     """The mean of each row's logits, (N,) float32."""
     return product(keys.mean(0, keepdim=True), queries).squeeze(0).float()
@@ -220,6 +227,6 @@ def _sums(p: Tensor) -> Tensor:
     """The sums over keys of bfloat16 (M, rows), (rows,) float32."""
     # By products: a sum in float32 would first cast the whole of it.
     ones = p.new_ones(1, p.shape[0])
-    rounded = product(ones, p.t())
-    rest = product_and("add", -rounded, ones, p.t())
+    rounded = torch.mm(ones, p)
+    rest = torch.addmm(rounded, ones, p, beta=-1.0)
     return rounded.float().add_(rest).squeeze(0)

@@ -69,7 +69,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (N, M), contiguous.
     """
-    if bias is None and a.dtype == torch.bfloat16 and a.shape[0] > 1:
+    if bias is None and a.dtype == torch.bfloat16:
         # By oneDNN as well, of any strides.
         return torch.mm(a, b.t())
     # The overload is named: to find it torch would try to read tensors as lists.
@@ -144,7 +144,7 @@ def factors(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """
     if scale == 1.0:
         return q, k
-    if is_exact(q) or math.frexp(scale)[0] == 0.5:
+    if is_exact(q) or abs(math.frexp(scale)[0]) == 0.5:
         return q * scale, k
     scaled = q.float().mul_(scale)
     rounded = scaled.to(q.dtype)
@@ -152,7 +152,7 @@ def factors(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def first_factor(tokens: Tensor) -> Tensor:
-    """Tokens (N, C) as a product reads them fastest as its first factor: channels side by side, if there are many."""
+    """Tokens (N, C) as a product reads a first factor fastest: many of them with channels side by side."""
     return tokens if tokens.shape[0] <= MANY_TOKENS else tokens.contiguous()
 
 

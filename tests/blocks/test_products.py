@@ -23,7 +23,7 @@ from nlsurgery.blocks.affinity_rows import row_attend
 from nlsurgery.blocks.affinity_softmax import has_denormal_weights, softmax_attend
 from nlsurgery.blocks.choose import choose_implementation, without_denormals
 from nlsurgery.blocks.geometry import pointwise
-from nlsurgery.blocks.products import product, product_and
+from nlsurgery.blocks.products import exponentials, factors, product, product_and
 from nlsurgery.blocks.projection import goes_by_products
 from nlsurgery.blocks.residual import project
 
@@ -60,6 +60,44 @@ def test_products_of_every_layout(first, second):
     ):
         assert found.is_contiguous()
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(LAYOUTS, LAYOUTS)))
+def test_bfloat16_products_of_every_layout(first, second):
+    a, b = (matrix(n, 33, layout).bfloat16() for n, layout in ((70, first), (50, second)))
+    bias, other = torch.randn(50) - 40, torch.rand(70, 50).bfloat16()
+    plain = a.double() @ b.double().t()
+    made = product_and("mul", other, a, b), exponentials(a, b, bias)
+    expected = plain * other.double(), (plain + bias).exp()
+    for found, exact, absolute in zip(made, expected, (1e-5, 0.0), strict=True):
+        assert found.is_contiguous()
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.double(), exact, rtol=2**-8 + 1e-4, atol=absolute)
+    torch.testing.assert_close(product(a, b).double(), plain, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_exponentials_of_all_that_is_well_below_1(dtype):
+    x = torch.linspace(-86.0, -17.0, 4000)
+    nothing = torch.zeros(1, 8, dtype=dtype), torch.zeros(4000, 8, dtype=dtype)
+    found = exponentials(*nothing, x)[0].double()
+    error = (found / x.double().exp() - 1).abs().max()
+    assert error < (1e-6 if dtype == torch.float32 else 2**-8 + 1e-6)
+    assert not exponentials(nothing[0], nothing[1][:3], torch.tensor([-90.0, -200.0, -1e9])).any()
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["tokens", "channels"])
+@pytest.mark.parametrize("scale", [1.0, 0.125, 0.3, -0.7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_factors_of_scaled_logits(dtype, scale, last):
+    layout = "rows" if last else "columns"
+    q, k = (matrix(n, 33, layout).to(dtype) for n in (40, 50))
+    queries, keys = factors(q, k, scale)
+    found = queries.double() @ keys.double().t()
+    expected = scale * (q.double() @ k.double().t())
+    assert (found - expected).norm() < 2**-15 * expected.norm()
+    assert queries.stride(1 if last else 0) == 1
+    assert keys.stride(1 if last else 0) == 1
 
 
 @pytest.mark.parametrize(
@@ -209,6 +247,7 @@ def test_rows_equal_the_formula(dtype, tolerance, spread, scale, sizes, channels
 @pytest.mark.parametrize("item", [0, 1 << 30], ids=["item by item", "all at once"])
 def test_a_bfloat16_map_is_kept_and_exact(monkeypatch, item, spread):
     monkeypatch.setattr(affinity_explicit, "ITEM_LOGITS", item)
+    monkeypatch.setattr(affinity_explicit, "ITEM_LOGITS_FORWARD", item)
     made = [t.bfloat16() for t in operands(3, 150, 75, 16, 40, spread=spread)]
     found = gradients(explicit_attend, *made, 0.7)
     expected = reference(*made, 0.7)
@@ -217,6 +256,69 @@ def test_a_bfloat16_map_is_kept_and_exact(monkeypatch, item, spread):
     with torch.no_grad():
         alone = explicit_attend(*made[:3], 0.7)
     assert torch.equal(alone, found[0])
+
+
+def counted(monkeypatch, owner, name: str) -> list[Tensor]:
+    """The last arguments of calls to a function, which is still called."""
+    taken: list[Tensor] = []
+    plain = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *a: taken.append(a[-1]) or plain(*a))
+    return taken
+
+
+@pytest.mark.usefixtures("onednn", "small")
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_kept_map_is_not_formed_again(monkeypatch, keep):
+    forward = counted(monkeypatch, affinity_rows, "exponentials")
+    backward = counted(monkeypatch, affinity_row_gradients, "exponentials")
+    made = [t.bfloat16() for t in operands(2, 100, 90, 16, 16, spread=1.0)]
+    gradients(lambda *a: row_attend(*a, keep=keep), *made, 1.0)
+    # Of two items: one piece of all queries or two, and four tiles.
+    assert (len(forward), len(backward)) == ((2, 0) if keep else (4, 8))
+
+
+@pytest.mark.usefixtures("onednn", "small")
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("num_far", [0, 3, 50])
+def test_rows_that_are_spread_widely_are_formed_again(monkeypatch, num_far, keep, batch):
+    q, k, v, dy = operands(batch, 128, 100, 16, 16, spread=1.0)
+    q[0, :num_far] *= 100
+    made = [t.bfloat16() for t in (q, k, v, dy)]
+    passes = counted(monkeypatch, affinity_rows._Item, "_passes")
+    found = gradients(lambda *a: row_attend(*a, keep=keep), *made, 1.0)
+    again = sum(taken.shape[0] for taken in passes)
+    few = num_far <= 0.25 * (128 if keep else 64)
+    assert 0 < again <= num_far if num_far and few else again == (batch * 128 if num_far else 0)
+    # Keys' gradients are sums of queries, of which those far away are the largest, times what should be 0.
+    for one, other, limit in zip(
+        found, reference(*made, 1.0), (3e-3, 1e-2, 3e-2, 1e-2), strict=True
+    ):
+        assert error(one, other) < limit
+
+
+@pytest.mark.usefixtures("onednn", "small")
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("many", [0, 1 << 30], ids=["channels first", "as they lie"])
+@pytest.mark.parametrize("last", [True, False], ids=["tokens", "channels"])
+def test_every_layout(monkeypatch, last, many, keep):
+    monkeypatch.setattr(products, "MANY_TOKENS", many)
+    made = [t.bfloat16() for t in operands(3, 150, 75, 16, 40, spread=2.0, channels_first=not last)]
+    found = gradients(lambda *a: row_attend(*a, keep=keep), *made, 0.7)
+    for one, other, limit in zip(
+        found, reference(*made, 0.7), (3e-3, 5e-3, 5e-3, 5e-3), strict=True
+    ):
+        assert error(one, other) < limit
+
+
+@pytest.mark.usefixtures("onednn", "small")
+@pytest.mark.parametrize("keep", [True, False])
+def test_gradients_of_keys_that_have_much_in_common(keep):
+    q, k, v, dy = operands(2, 150, 140, 24, 24, spread=1.0)
+    made = [t.bfloat16() for t in (q * 0.3 + 1.1, k * 0.3 + 1.1, v, dy)]
+    found = gradients(lambda *a: row_attend(*a, keep=keep), *made, 1.0)
+    for one, other in zip(found, reference(*made, 1.0), strict=True):
+        assert error(one, other) < 1e-2
 
 
 @pytest.mark.usefixtures("onednn", "small")
