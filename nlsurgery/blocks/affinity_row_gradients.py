@@ -1,12 +1,13 @@
-"""Gradients of softmax attention over tiles of queries and keys, on oneDNN's products (``products.py``).
+"""Gradients of softmax attention over parts of the map, on oneDNN's products (``products.py``).
 
 Of softmax: ds = p (dp - Σ_j p_j dp_j), and Σ_j p_j dp_j = y · dy. The difference and the factor p are part of
-the product that forms dp, and in bfloat16 exponentials of the one that forms logits: no pass is left.
+the product that forms dp, and in bfloat16 exponentials of the one that forms logits. Keys are the rows of a
+part: what belongs to a query is then a bias of a product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,13 +30,23 @@ from nlsurgery.blocks.products import (
 #: How far above a row's total the shift of bfloat16 weights lies, as a power of two: exponentials less the
 #: shift are off by a share of two to minus it.
 ABOVE_TOTAL = 16
-#: Queries and keys of a tile (2 MB): larger ones are no faster, and take memory.
-TILE_QUERIES = 1 << 10
-TILE_KEYS = {True: 1 << 9, False: 1 << 10}
 #: Where the middle of a key channel is off 0 by more than this share of its range, it is subtracted.
 ASIDE = 0.125
+#: Bytes of weights formed at a time, by whether they are float32, and up to how many where those are fewer
+#: rows than products are fast with.
+ROWS, MANY_ROWS = {True: 4 << 20, False: 3 << 20}, 16 << 20
+FAST_ROWS = {True: 256, False: 512}
+#: Queries and keys of a float32 tile (2 MB): larger ones are no faster, and take memory.
+TILE_QUERIES, TILE_KEYS = 1 << 10, 1 << 9
 #: Values that are cast to float32 at a time.
 CAST = 1 << 20
+
+
+def rows_at_a_time(num_keys: int, tokens: Tensor) -> int:
+    """How many rows of the map go together, of all keys, in the dtype of ``tokens``."""
+    size = max(1, num_keys * tokens.itemsize)
+    exact = is_exact(tokens)
+    return max(64, min(FAST_ROWS[exact], MANY_ROWS // size), ROWS[exact] // size)
 
 
 def row_gradients(
@@ -46,7 +57,6 @@ def row_gradients(
     total: Tensor,
     dy: Tensor,
     scale: float,
-    rest: Tensor | None = None,
     kept: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v.
@@ -59,96 +69,99 @@ def row_gradients(
         total: (B, N), each row's logarithm of its sum of exponentials, or of its sum in ``kept``.
         dy: (B, N, V) gradient.
         scale: The factor on the logits.
-        rest: (B, N, V) bfloat16, what rounding took from ``y``; ``None`` if that is nothing, or not known.
         kept: The softmax of each batch item as (M, N), each column times a factor; empty to form it again.
     """
     found = empty_as(q, q.shape[1]), empty_as(k, k.shape[1]), empty_as(v, v.shape[1])
     q, k, v, y, dy = (computed(t) for t in (q, k, v, y, dy))
     for b in range(q.shape[0]):
-        queries, keys, values, upstream = q[b], k[b], v[b], dy[b]
-        if kept:
-            rows, columns, power = [slice(0, q.shape[1])], [slice(0, k.shape[1])], 0
-            weights = _given(kept[b])
-            upstream = _times(upstream, total[b].neg().exp_())
+        item = q[b], k[b], v[b], y[b], total[b], dy[b], scale
+        if is_exact(v):
+            sums, factor = _exact_gradients(*item), 1.0
         else:
-            rows = list(pieces(q.shape[1], TILE_QUERIES, EVEN))
-            columns = list(pieces(k.shape[1], TILE_KEYS[is_exact(v)], EVEN))
-            power = 0 if is_exact(v) else ABOVE_TOTAL
-            weights = _formed_again(queries, keys, total[b], scale, len(rows))
-        dot = _dot(upstream, y[b], None if rest is None else rest[b])
-        sums = _gathered(queries, keys, values, upstream, dot, rows, columns, weights)
-        unit = 2.0**power
-        by = scale * unit, scale * unit, unit
-        for gradient, gathered, factor in zip(found, sums, by, strict=True):
-            gathered.write(gradient[b], factor)
+            sums, factor = _gradients(*item, kept[b] if kept else None)
+        by = scale * factor, scale * factor, factor
+        for gradient, gathered, each in zip(found, sums, by, strict=True):
+            gathered.write(gradient[b], each)
     return found
 
 
-_Weights = Callable[[slice, slice], Tensor]
+_Sums = tuple["_Sum", "_Sum", "_Sum"]
 
 
-def _given(p: Tensor) -> _Weights:
-    return lambda i, j: p
-
-
-def _formed_again(q: Tensor, k: Tensor, total: Tensor, scale: float, num_parts: int) -> _Weights:
-    """Weights (keys, rows) by queries and keys; bfloat16 ones less :data:`ABOVE_TOTAL`."""
-    if is_exact(q):
-        # As forward has them: logits that are rounded in another way are further from their total.
-        powers, bias = (q * (scale / LOG_2)).contiguous(), total / -LOG_2
-        floor = FLOOR / LOG_2 if is_spread(q, k, total, scale) else None
-        return lambda i, j: _powers(product(k[j], powers[i], bias[i]), floor)
-    queries, keys = factors(q, k, scale)
-    keys, bias = first_factor(keys), -(total + ABOVE_TOTAL * LOG_2)
-    if num_parts > 1:
-        queries = queries.contiguous()
-    return lambda i, j: exponentials(keys[j], queries[i], bias[i])
-
-
-def _powers(logits: Tensor, floor: float | None) -> Tensor:
-    # What is far below would be denormal numbers, which some processors multiply slowly.
-    return (logits if floor is None else logits.clamp_(min=floor)).exp2_()
-
-
-def _gathered(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dy: Tensor,
-    dot: Tensor,
-    rows: list[slice],
-    columns: list[slice],
-    weights: _Weights,
-) -> tuple[_Sum, _Sum, _Sum]:
-    """The gradients of q, k and v over tiles of the ``rows`` of queries and ``columns`` of keys."""
-    values, upstream, bias = _with_dot(v, dy, dot.neg_())
-    values, k = first_factor(values), _centred(k)
-    if len(rows) > 1:
-        upstream = upstream.contiguous()
-    dq = _Sum(rows, across=True)
-    dk = _Sum(columns, across=q.stride(1) != 1)
-    dv = _Sum(columns, across=dy.stride(1) != 1)
+def _exact_gradients(
+    q: Tensor, k: Tensor, v: Tensor, y: Tensor, total: Tensor, dy: Tensor, scale: float
+) -> _Sums:
+    """Over tiles, as float32 exponentials are a pass over them."""
+    rows = list(pieces(q.shape[0], TILE_QUERIES, EVEN))
+    columns = list(pieces(k.shape[0], TILE_KEYS, EVEN))
+    # As forward has them: logits that are rounded in another way are further from their total.
+    powers, bias = (q * (scale / LOG_2)).contiguous(), total / -LOG_2
+    floor = FLOOR / LOG_2 if is_spread(q, k, total, scale) else None
+    dot = dy.mul(y).sum(-1).neg_()
+    upstream = dy.contiguous()
+    dq, dk, dv = _sums(q, dy, rows, columns)
     for m, i in enumerate(rows):
         for n, j in enumerate(columns):
-            p = weights(i, j)
+            p = product(k[j], powers[i], bias[i])
+            if floor is not None:
+                # What is far below would be denormal numbers, which some processors multiply slowly.
+                p.clamp_(min=floor)
+            p.exp2_()
             dv.add(n, p, dy[i])
-            p = product_and("mul", p, values[j], upstream[i], None if bias is None else bias[i])
-            dk.add(n, p, q[i])
-            dq.add(m, p.t(), k[j])
+            ds = product_and("mul", p, v[j], upstream[i], dot[i])
+            dk.add(n, ds, q[i])
+            dq.add(m, ds.t(), k[j])
     return dq, dk, dv
 
 
-def _with_dot(v: Tensor, dy: Tensor, dot: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """v, dy and a bias such that v dyᵀ with the bias is v dyᵀ + dot.
+def _gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    total: Tensor,
+    dy: Tensor,
+    scale: float,
+    kept: Tensor | None,
+) -> tuple[_Sums, float]:
+    """In bfloat16, over rows of all keys; and a factor that is left, as weights are less than 1 by it."""
+    if kept is None:
+        rows = list(pieces(q.shape[0], rows_at_a_time(k.shape[0], k), EVEN))
+        queries, keys = factors(q, k, scale)
+        keys, bias, factor = first_factor(keys), -(total + ABOVE_TOTAL * LOG_2), 2.0**ABOVE_TOTAL
+        inverse = total.new_full(total.shape, factor)
+    else:
+        rows, factor, inverse = [slice(0, q.shape[0])], 1.0, total.neg().exp_()
+        dy = _times(dy, inverse)
+    values, upstream = _with_dot(v, dy, _dot(dy, y).neg_())
+    values, k = first_factor(values), _centred(k)
+    ones = v.new_ones(1, v.shape[0])
+    dq, dk, dv = _sums(q, dy, rows, [slice(0, k.shape[0])])
+    for m, i in enumerate(rows):
+        p = exponentials(keys, queries[i], bias[i]) if kept is None else kept
+        dv.add(0, p, dy[i])
+        ds = product_and("mul", p, values, upstream[i])
+        # Its sum over keys should be 0; as y was rounded it is not, which is all there is of a saturated row.
+        excess = torch.mm(ones, ds).mul_(inverse[i])
+        ds.addcmul_(p, excess.to(p.dtype), value=-1.0)
+        dk.add(0, ds, q[i])
+        dq.add(m, ds.t(), k)
+    return (dq, dk, dv), factor
 
-    In bfloat16 the bias would be rounded: two more channels take its place.
-    """
-    if is_exact(v):
-        return v, dy, dot
+
+def _with_dot(v: Tensor, dy: Tensor, dot: Tensor) -> tuple[Tensor, Tensor]:
+    """v and dy with more channels, such that v dyᵀ is v dyᵀ + dot: a bias would be rounded to bfloat16."""
     rounded = dot.to(v.dtype)
     rest = dot.sub_(rounded).to(v.dtype)
     ones = v.new_ones(v.shape[0], 1)
-    return beside(v, ones, ones), beside(dy, rounded.unsqueeze(1), rest.unsqueeze(1)), None
+    return beside(v, ones, ones), beside(dy, rounded.unsqueeze(1), rest.unsqueeze(1))
+
+
+def _sums(q: Tensor, dy: Tensor, rows: list[slice], columns: list[slice]) -> _Sums:
+    dq = _Sum(rows, across=True)
+    dk = _Sum(columns, across=q.stride(1) != 1)
+    dv = _Sum(columns, across=dy.stride(1) != 1)
+    return dq, dk, dv
 
 
 def _centred(k: Tensor) -> Tensor:
@@ -164,16 +177,11 @@ def _centred(k: Tensor) -> Tensor:
     return k - torch.where(is_aside, middle, 0) if bool(is_aside.any()) else k
 
 
-def _dot(dy: Tensor, y: Tensor, rest: Tensor | None) -> Tensor:
-    """The sums over channels of dy (y + rest), (N,) float32."""
-    if is_exact(dy):
-        return dy.mul(y).sum(-1)
+def _dot(dy: Tensor, y: Tensor) -> Tensor:
+    """The sums over channels of bfloat16 dy · y, (N,) float32."""
     found = dy.new_empty(dy.shape[0], dtype=torch.float32)
     for i in _cast_pieces(dy):
-        values = _cast(y[i], "logits")
-        if rest is not None:
-            values.add_(_cast(rest[i], "rest"))
-        torch.sum(values.mul_(_cast(dy[i], "rest")), 0, out=found[i])
+        torch.sum(_cast(y[i], "logits").mul_(_cast(dy[i], "rest")), 0, out=found[i])
     return found
 
 

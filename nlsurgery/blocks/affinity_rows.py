@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nlsurgery.blocks.affinity import softmax_gradients
 from nlsurgery.blocks.affinity_chunks import Workspace, pieces
-from nlsurgery.blocks.affinity_row_gradients import row_gradients
+from nlsurgery.blocks.affinity_row_gradients import row_gradients, rows_at_a_time
 from nlsurgery.blocks.products import (
     LOG_2,
     computed,
@@ -25,19 +25,16 @@ from nlsurgery.blocks.products import (
     product,
 )
 
-#: How far above a bfloat16 row's mean logit its shift lies. The largest logit lies between the two.
+#: How far above a bfloat16 row's mean logit its shift lies, if the largest logit lies between the two.
 ABOVE_MEAN = 68.0
 #: Above this sum of exponentials less the shift they may be off, by a share of as much as the sum.
 LARGEST_SUM = math.exp(-8.0)
 #: Below this sum weights are lost: what is less than 1e-38 is 0.
 SMALLEST_SUM = math.exp(-75.0)
-#: The share of rows with another sum up to which these are formed again, and not all of them.
+#: The share of rows with another sum above which shifts are told by the largest logits, from there on.
 FEW_ROWS = 0.25
 #: Powers of two up to this one need no shift.
 NEAR = 60.0
-#: Bytes of weights formed at a time; up to how many where those are fewer rows than products are fast with.
-ROWS, MANY_ROWS = 4 << 20, 16 << 20
-FAST_ROWS = {True: 256, False: 512}
 
 
 def row_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, *, keep: bool = False) -> Tensor:
@@ -63,21 +60,18 @@ class _Rows(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, has_backward: bool, keep: bool
     ) -> Tensor:
         kept: list[Tensor] | None = [] if has_backward and keep else None
-        rest = None
-        if has_backward and not is_exact(v):
-            rest = v.new_empty(v.shape[0], v.shape[2], q.shape[1]).transpose(1, 2)
-        y, total = attended(q, k, v, scale, kept, rest, whole=keep)
+        y, total = attended(q, k, v, scale, kept, whole=keep)
         if has_backward:
-            ctx.save_for_backward(q, k, v, y, rest, total, *(kept or ()))
+            ctx.save_for_backward(q, k, v, y, total, *(kept or ()))
             ctx.scale = scale
         return y.to(v.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        q, k, v, y, rest, total, *kept = ctx.saved_tensors
+        q, k, v, y, total, *kept = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *softmax_gradients(q, k, v, ctx.scale, dy), None, None, None
-        found = row_gradients(q, k, v, y, total, dy, ctx.scale, rest, kept)
+        found = row_gradients(q, k, v, y, total, dy, ctx.scale, kept)
         return *found, None, None, None
 
 
@@ -87,7 +81,6 @@ def attended(
     v: Tensor,
     scale: float,
     kept: list[Tensor] | None = None,
-    rest: Tensor | None = None,
     *,
     whole: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -99,7 +92,6 @@ def attended(
         v: (B, M, V) values.
         scale: The factor on the logits.
         kept: Where the softmax of each batch item is added to, as (M, N), each column times a factor.
-        rest: (B, N, V) bfloat16, where it is written what rounding took from the result.
         whole: Whether all queries go at a time, as ``kept`` wants it.
 
     Returns:
@@ -109,25 +101,19 @@ def attended(
     q, k, v = (computed(t) for t in (q, k, v))
     y = v.new_empty(q.shape[0], v.shape[2], q.shape[1])
     total = q.new_empty(q.shape[:2], dtype=torch.float32)
-    rows = q.shape[1] if whole else _rows(k.shape[1], v)
-    is_near = not is_exact(v) and k.shape[1] > 0
+    rows = q.shape[1] if whole else rows_at_a_time(k.shape[1], v)
+    is_narrow = True
     for b in range(q.shape[0]):
-        item = _Item(q[b], k[b], v[b], scale, is_near=is_near)
+        item = _Item(q[b], k[b], v[b], scale, is_narrow=is_narrow)
         for i in pieces(q.shape[1], rows):
-            taken = None if rest is None else rest[b, i].t()
-            weights, sums, shift = item.attend(i, y[b, :, i], taken)
+            weights, sums, shift = item.attend(i, y[b, :, i])
             torch.log(sums, out=total[b, i])
             if kept is not None:
                 kept.append(weights.contiguous())
             else:
                 total[b, i] += shift
-        is_near = item.is_near
+        is_narrow = item.is_narrow
     return y.transpose(1, 2), total
-
-
-def _rows(num_keys: int, v: Tensor) -> int:
-    size = max(1, num_keys * v.itemsize)
-    return max(64, min(FAST_ROWS[is_exact(v)], MANY_ROWS // size), ROWS // size)
 
 
 class _Item:
@@ -138,50 +124,54 @@ class _Item:
         k: (M, C') keys.
         v: (M, V) values.
         scale: The factor on the logits.
-        is_near: Whether exponentials are part of the product, in bfloat16: unless logits are spread widely.
+        is_narrow: Whether the logits of a bfloat16 row are thought to lie near their mean.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, is_near: bool) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, is_narrow: bool) -> None:
         self.q, self.k, self.values, self.scale = q, k, v.t(), scale
-        self.is_near, self.is_exact = is_near, is_exact(v)
-        if is_near:
+        self.is_narrow, self.is_exact = is_narrow, is_exact(v)
+        if not self.is_exact:
             self.queries, keys = factors(q, k, scale)
             self.keys = first_factor(keys)
-            self.shift = _mean(self.queries, keys).add_(ABOVE_MEAN)
+            self.mean = product(keys.mean(0, keepdim=True), self.queries).squeeze(0).float()
 
-    def attend(self, i: slice, y: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def attend(self, i: slice, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Attend to the values.
 
         Args:
             i: Which queries.
             y: (V, rows), for the result.
-            rest: (V, rows), for what rounding took from it.
 
         Returns:
             (M, rows), the softmax, each column times a factor; (rows,), that factor; (rows,) the logarithm
             to add to that of the factor for the logarithm of the sum of exponentials.
         """
-        p, sums, shift = self._near(i) if self.is_near else self._passes(self.q[i])
-        self._divide(product(self.values, p.t()), sums, y, rest)
+        p, sums, shift = self._passes(self.q[i]) if self.is_exact else self._in_product(i)
+        self._divide(product(self.values, p.t()), sums, y)
         return p, sums, shift
 
-    def _near(self, i: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def _in_product(self, i: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Exponentials as part of the product; what :meth:`attend` returns."""
+        shift = self.mean[i] + ABOVE_MEAN if self.is_narrow else self._above_peak(i)
         # Keys come first: what is subtracted from a query's logits is a bias of its column.
-        shift = self.shift[i]
         p = exponentials(self.keys, self.queries[i], -shift)
         sums = _sums(p)
         smallest, largest = (float(bound) for bound in torch.aminmax(sums))
         if smallest >= SMALLEST_SUM and largest <= LARGEST_SUM:
             return p, sums, shift
         rows = (~((sums >= SMALLEST_SUM) & (sums <= LARGEST_SUM))).nonzero().squeeze(1)
-        if rows.shape[0] > FEW_ROWS * sums.shape[0]:
-            self.is_near = False
-            return self._passes(self.q[i])
-        shift = shift.clone()
+        if self.is_narrow and rows.shape[0] > FEW_ROWS * sums.shape[0]:
+            self.is_narrow = False
+            return self._in_product(i)
         for part, formed in zip((p, sums, shift), self._passes(self.q[i][rows]), strict=True):
             part.index_copy_(-1, rows, formed)
         return p, sums, shift
+
+    def _above_peak(self, i: slice) -> Tensor:
+        """(rows,), a shift above each row's largest logit, which is told by rounded ones."""
+        peak = product(self.keys, self.queries[i]).amax(0).float()
+        rounding = peak.abs().mul_(2**-7)
+        return peak.add_(rounding).add_(math.log(self.k.shape[0]) - math.log(LARGEST_SUM))
 
     def _passes(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Exponentials of any logits, by passes over them; what :meth:`attend` returns."""
@@ -193,15 +183,12 @@ class _Item:
             p.copy_(weights)
         return weights.t(), p.sum(-1), shift.squeeze(1).mul_(LOG_2)
 
-    def _divide(self, values: Tensor, sums: Tensor, y: Tensor, rest: Tensor | None) -> None:
+    def _divide(self, values: Tensor, sums: Tensor, y: Tensor) -> None:
         if self.is_exact:
             torch.div(values, sums, out=y)
             return
         exact = Workspace(sums, sums.dtype, "rest").take(*values.shape).copy_(values)
         y.copy_(exact.div_(sums))
-        if rest is not None:
-            rounded = Workspace(sums, sums.dtype, "logits").take(*values.shape).copy_(y)
-            rest.copy_(exact.sub_(rounded))
 
 
 def to_powers(logits: Tensor) -> Tensor:
@@ -216,11 +203,6 @@ def to_powers(logits: Tensor) -> Tensor:
         logits.sub_(peak)
     logits.exp2_()
     return peak
-
-
-def _mean(queries: Tensor, keys: Tensor) -> Tensor:
-    """The mean of each row's logits, (N,) float32."""
-    return product(keys.mean(0, keepdim=True), queries).squeeze(0).float()
 
 
 def _sums(p: Tensor) -> Tensor:
