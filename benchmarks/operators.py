@@ -65,8 +65,8 @@ MODES = ("embedded_gaussian", "dot_product", "concatenation")
 #: mmcv's concatenation forms (B, C, N, N): beyond this many bytes it is left out ("–").
 PAIR_LIMIT = 4 << 30
 SCALING = (24, 48, 96)
-#: Spatial sizes of a small input, by its number of dimensions.
-SMALL = {4: (12, 12), 5: (4, 6, 6)}
+#: Batch and spatial sizes of small inputs, by the number of dimensions.
+SMALL = {4: ((4, 12, 12), (1, 27, 27)), 5: ((4, 4, 6, 6), (1, 4, 14, 14))}
 PASSES = {"forward": "forward", "train": "training"}
 
 
@@ -195,9 +195,11 @@ def peak(
         before = torch.cuda.memory_allocated()
         step(block, x, train)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    # What the libraries allocate once: a small batch that takes the forms that large maps take.
-    small = torch.randn((4, shape[1], *SMALL[len(shape)]), dtype=x.dtype, requires_grad=train)
-    step(block, small, train)
+    # What the libraries allocate once: small inputs that take the forms that large maps take.
+    for batch, *spatial in SMALL[len(shape)]:
+        small = torch.randn((batch, shape[1], *spatial), dtype=x.dtype, requires_grad=train)
+        step(block, small, train)
+        del small
     block.zero_grad(set_to_none=True)
     before = resident("VmRSS")
     # Only a process's own high-water mark: getrusage's outlives exec and shows the parent's.

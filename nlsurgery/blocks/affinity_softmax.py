@@ -1,7 +1,8 @@
 """Softmax attention by one of its forms.
 
 The map is formed (``affinity_explicit.py``), or no N×M tensor is kept, forward or backward: by torch's
-fused attention (``affinity_fused.py``), or by tiles of queries and keys (``affinity_tiles.py``).
+fused attention (``affinity_fused.py``), by tiles of queries and keys (``affinity_tiles.py``), or where oneDNN
+multiplies faster by rows of the map (``affinity_rows.py``).
 Logits of half inputs are formed in float32 in all of them.
 """
 

@@ -28,6 +28,8 @@ DENSE_VALUES = 1 << 14
 #: torch's CPU convolutions take long to begin.
 MANY_POSITIONS = 1024
 MANY_POSITIONS_BFLOAT16 = 128
+#: Weights of so many values in all are joined only for as many positions as the input has channels.
+MANY_WEIGHTS = 1 << 20
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FUNCTIONS = {3: F.conv1d, 4: F.conv2d}
 
@@ -99,10 +101,12 @@ def _joins(x: Tensor, projections: Sequence[nn.Module]) -> bool:
     many = MANY_POSITIONS_BFLOAT16 if dtype == torch.bfloat16 else MANY_POSITIONS
     if apart or x.numel() < many * x.shape[1]:
         return False
-    return (
-        all(is_plain(projection) for projection in projections)
-        and len({projection.bias is None for projection in projections}) == 1
-    )
+    if not all(is_plain(projection) for projection in projections):
+        return False
+    weights = sum(cast(Tensor, projection.weight).numel() for projection in projections)
+    if weights > MANY_WEIGHTS and x.numel() < x.shape[1] ** 2:
+        return False
+    return len({projection.bias is None for projection in projections}) == 1
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
