@@ -17,6 +17,8 @@ _softmax_backward = torch.ops.aten._softmax_backward_data.out
 CHUNK_BYTES = 16 << 20
 #: Values of a lower precision that are added to a sum at a time.
 ADDED_VALUES = 1 << 20
+#: Where the middle of a key channel is off 0 by more than this share of its range, it is subtracted.
+ASIDE = 0.125
 
 
 def pieces(count: int, size: int, multiple: int = 1) -> Iterator[slice]:
@@ -139,6 +141,19 @@ def across(tokens: Tensor) -> Tensor:
     if tokens.stride(1) == 1:
         return tokens.transpose(1, 2).contiguous().transpose(1, 2)
     return transposed(tokens.contiguous()).transpose(1, 2)
+
+
+def centred(k: Tensor) -> Tensor:
+    """Keys (…, M, C') less the middle of those channels whose values lie to one side of 0.
+
+    The gradients of a query's logits sum to 0, but for rounding, which what keys share would multiply.
+    """
+    if k.shape[-2] == 0:
+        return k
+    low, high = k.amin(-2, keepdim=True), k.amax(-2, keepdim=True)
+    middle = (low + high) / 2
+    is_aside = middle.abs() > ASIDE * (high - low)
+    return k - torch.where(is_aside, middle, 0) if bool(is_aside.any()) else k
 
 
 def empty_as(tokens: Tensor, count: int) -> Tensor:

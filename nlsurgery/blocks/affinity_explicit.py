@@ -11,6 +11,7 @@ from nlsurgery.blocks import products
 from nlsurgery.blocks.affinity import accumulator, apply_map, scaled, softmax_gradients, softmax_map
 from nlsurgery.blocks.affinity_chunks import (
     Workspace,
+    centred,
     chunks,
     empty_as,
     gradients_over_chunks,
@@ -96,6 +97,7 @@ class _Explicit(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *softmax_gradients(q, k, v, ctx.scale, dy), None, None
         queries, keys, values, dy = (t.to(kept.dtype) for t in (q, k, v, dy))
+        keys = centred(keys) if kept.dtype == torch.bfloat16 else keys
         found = gradients_over_chunks(queries, keys, values, ctx.scale, dy, lambda b, i: kept[b, i])
         return *(g.to(t.dtype) for g, t in zip(found, (q, k, v), strict=True)), None, None
 

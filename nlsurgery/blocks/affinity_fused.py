@@ -18,6 +18,7 @@ from nlsurgery.blocks.affinity_chunks import (
     across,
     adds_up,
     along,
+    centred,
     gradients_over_chunks,
     like,
 )
@@ -212,7 +213,7 @@ def _gradients_about(
             out.clamp_(min=floor)
         return torch.softmax(out, dim=-1, out=out)
 
-    return gradients_over_chunks(q, k, v, scale, dy, weights)
+    return gradients_over_chunks(q, centred(k), v, scale, dy, weights)
 
 
 def _mean_logit(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nlsurgery.blocks.affinity_chunks import Workspace, empty_as, pieces
+from nlsurgery.blocks.affinity_chunks import Workspace, centred, empty_as, pieces
 from nlsurgery.blocks.affinity_fused import is_spread
 from nlsurgery.blocks.affinity_tiles import EVEN, FLOOR
 from nlsurgery.blocks.products import (
@@ -30,8 +30,6 @@ from nlsurgery.blocks.products import (
 #: How far above a row's total the shift of bfloat16 weights lies, as a power of two: exponentials less the
 #: shift are off by a share of two to minus it.
 ABOVE_TOTAL = 16
-#: Where the middle of a key channel is off 0 by more than this share of its range, it is subtracted.
-ASIDE = 0.125
 #: Bytes of weights formed at a time, by whether they are float32, and up to how many where those are fewer
 #: rows than products are fast with.
 ROWS, MANY_ROWS = {True: 4 << 20, False: 3 << 20}, 16 << 20
@@ -134,7 +132,7 @@ def _gradients(
         rows, factor, inverse = [slice(0, q.shape[0])], 1.0, total.neg().exp_()
         dy = _times(dy, inverse)
     values, upstream = _with_dot(v, dy, _dot(dy, y).neg_())
-    values, k = first_factor(values), _centred(k)
+    values, k = first_factor(values), centred(k)
     ones = v.new_ones(1, v.shape[0])
     dq, dk, dv = _sums(q, dy, rows, [slice(0, k.shape[0])])
     for m, i in enumerate(rows):
@@ -162,19 +160,6 @@ def _sums(q: Tensor, dy: Tensor, rows: list[slice], columns: list[slice]) -> _Su
     dk = _Sum(columns, across=q.stride(1) != 1)
     dv = _Sum(columns, across=dy.stride(1) != 1)
     return dq, dk, dv
-
-
-def _centred(k: Tensor) -> Tensor:
-    """Keys (M, C') less the middle of those channels whose values lie to one side of 0.
-
-    The gradients of a query's logits sum to 0, but for rounding, which what keys share would multiply.
-    """
-    if k.shape[0] == 0:
-        return k
-    low, high = k.amin(0), k.amax(0)
-    middle = (low + high) / 2
-    is_aside = middle.abs() > ASIDE * (high - low)
-    return k - torch.where(is_aside, middle, 0) if bool(is_aside.any()) else k
 
 
 def _dot(dy: Tensor, y: Tensor) -> Tensor:

@@ -106,6 +106,20 @@ def test_as_near_as_float32_logits(case, scale, channels_first, form):
         assert distance(gradient, expected) < 1e-2
 
 
+@pytest.mark.parametrize("form", ["fused", "chunked"])
+@pytest.mark.parametrize("spread", [0.3, 0.03])
+def test_gradients_where_keys_are_alike(spread, form):
+    q, k, v = tokens()
+    half = [t.bfloat16() for t in (q * 0.3 + 1.1, k * spread + 1.1, v)]
+    exact = [t.double().requires_grad_() for t in half]
+    half = [t.requires_grad_() for t in half]
+    upstream = torch.randn(v.shape, generator=torch.Generator().manual_seed(1)).bfloat16()
+    given = torch.autograd.grad(softmax_attend(*half, 1.0, form), half, upstream)
+    wanted = torch.autograd.grad(softmax_attend(*exact, 1.0, "explicit"), exact, upstream.double())
+    for one, other in zip(given, wanted, strict=True):
+        assert distance(one, other) < 6e-3
+
+
 def test_every_row_of_unlike_ones():
     q, k, v = (t.bfloat16() for t in some_rows_are_unlike())
     y = softmax_attend(q, k, v, 1.0, "fused").double()

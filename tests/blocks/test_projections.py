@@ -73,6 +73,18 @@ def test_one_convolution_reads_the_input_once(monkeypatch: pytest.MonkeyPatch) -
     assert count_of_convolutions(x.bfloat16(), half) == 3
 
 
+def test_weights_larger_than_the_input_are_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    projections = layers(2)
+    size = sum(projection.weight.numel() for projection in projections)
+    few, many = torch.randn(1, 8, 1, 7), torch.randn(1, 8, 1, 8)
+    assert count_of_convolutions(few, projections) == 1
+    monkeypatch.setattr(residual, "MANY_WEIGHTS", size - 1)
+    assert count_of_convolutions(few, projections) == 3
+    assert count_of_convolutions(many, projections) == 1
+    monkeypatch.setattr(residual, "MANY_WEIGHTS", size)
+    assert count_of_convolutions(few, projections) == 1
+
+
 @pytest.mark.parametrize("change", ["hook", "mixed-biases", "kernel", "subclass"])
 def test_projections_that_are_not_plain_are_called(change: str) -> None:
     biases = (True, False, True) if change == "mixed-biases" else (False,) * 3
