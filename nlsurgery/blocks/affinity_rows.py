@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nlsurgery.blocks.affinity import softmax_gradients
 from nlsurgery.blocks.affinity_chunks import Workspace, pieces
-from nlsurgery.blocks.affinity_row_gradients import row_gradients, rows_at_a_time
+from nlsurgery.blocks.affinity_row_gradients import CAST, row_gradients, rows_at_a_time
 from nlsurgery.blocks.products import (
     LOG_2,
     computed,
@@ -25,8 +25,8 @@ from nlsurgery.blocks.products import (
     product,
 )
 
-#: How far above a bfloat16 row's mean logit its shift lies, if the largest logit lies between the two.
-ABOVE_MEAN = 68.0
+#: What is subtracted from a bfloat16 row's logits first: its largest one may lie anywhere from -15 to 52.
+SHIFT = 60.0
 #: Above this sum of exponentials less the shift they may be off, by a share of as much as the sum.
 LARGEST_SUM = math.exp(-8.0)
 #: Below this sum weights are lost: what is less than 1e-38 is 0.
@@ -60,7 +60,7 @@ class _Rows(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, has_backward: bool, keep: bool
     ) -> Tensor:
         kept: list[Tensor] | None = [] if has_backward and keep else None
-        y, total = attended(q, k, v, scale, kept, whole=keep)
+        y, total = attended(q, k, v, scale, kept, whole=keep, has_backward=has_backward)
         if has_backward:
             ctx.save_for_backward(q, k, v, y, total, *(kept or ()))
             ctx.scale = scale
@@ -83,6 +83,7 @@ def attended(
     kept: list[Tensor] | None = None,
     *,
     whole: bool = False,
+    has_backward: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attend to values without a graph.
 
@@ -93,6 +94,7 @@ def attended(
         scale: The factor on the logits.
         kept: Where the softmax of each batch item is added to, as (M, N), each column times a factor.
         whole: Whether all queries go at a time, as ``kept`` wants it.
+        has_backward: Whether the second result is wanted; it is empty otherwise.
 
     Returns:
         (B, N, V) in bfloat16 or float32, and (B, N), each row's logarithm of its sum of exponentials, or of
@@ -100,19 +102,19 @@ def attended(
     """
     q, k, v = (computed(t) for t in (q, k, v))
     y = v.new_empty(q.shape[0], v.shape[2], q.shape[1])
-    total = q.new_empty(q.shape[:2], dtype=torch.float32)
+    total = q.new_empty(q.shape[0], q.shape[1] if has_backward else 0, dtype=torch.float32)
     rows = q.shape[1] if whole else rows_at_a_time(k.shape[1], v)
-    # A vector times itself is far above the mean of its products with others.
+    # Vectors times themselves are large.
     is_narrow = q.data_ptr() != k.data_ptr()
     for b in range(q.shape[0]):
         item = _Item(q[b], k[b], v[b], scale, is_narrow=is_narrow)
         for i in pieces(q.shape[1], rows):
             weights, sums, shift = item.attend(i, y[b, :, i])
-            torch.log(sums, out=total[b, i])
             if kept is not None:
                 kept.append(weights.contiguous())
-            else:
-                total[b, i] += shift
+                torch.log(sums, out=total[b, i])
+            elif has_backward:
+                torch.add(sums.log(), shift, out=total[b, i])
         is_narrow = item.is_narrow
     return y.transpose(1, 2), total
 
@@ -125,7 +127,7 @@ class _Item:
         k: (M, C') keys.
         v: (M, V) values.
         scale: The factor on the logits.
-        is_narrow: Whether the logits of a bfloat16 row are thought to lie near their mean.
+        is_narrow: Whether most bfloat16 rows are thought to have their largest logit not far from 0.
     """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, is_narrow: bool) -> None:
@@ -134,7 +136,6 @@ class _Item:
         if not self.is_exact:
             self.queries, keys = factors(q, k, scale)
             self.keys = first_factor(keys)
-            self.mean = product(keys.mean(0, keepdim=True), self.queries).squeeze(0).float()
 
     def attend(self, i: slice, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Attend to the values.
@@ -153,9 +154,13 @@ class _Item:
 
     def _in_product(self, i: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Exponentials as part of the product; what :meth:`attend` returns."""
-        shift = self.mean[i] + ABOVE_MEAN if self.is_narrow else self._above_peak(i)
+        queries = self.queries[i]
+        if self.is_narrow:
+            shift = queries.new_full(queries.shape[:1], SHIFT, dtype=torch.float32)
+        else:
+            shift = self._above_peak(queries)
         # Keys come first: what is subtracted from a query's logits is a bias of its column.
-        p = exponentials(self.keys, self.queries[i], -shift)
+        p = exponentials(self.keys, queries, -shift)
         sums = _sums(p)
         smallest, largest = (float(bound) for bound in torch.aminmax(sums))
         if smallest >= SMALLEST_SUM and largest <= LARGEST_SUM:
@@ -168,9 +173,9 @@ class _Item:
             part.index_copy_(-1, rows, formed)
         return p, sums, shift
 
-    def _above_peak(self, i: slice) -> Tensor:
+    def _above_peak(self, queries: Tensor) -> Tensor:
         """(rows,), a shift above each row's largest logit, which is told by rounded ones."""
-        peak = product(self.keys, self.queries[i]).amax(0).float()
+        peak = product(self.keys, queries).amax(0).float()
         rounding = peak.abs().mul_(2**-7)
         return peak.add_(rounding).add_(math.log(self.k.shape[0]) - math.log(LARGEST_SUM))
 
@@ -208,7 +213,9 @@ def to_powers(logits: Tensor) -> Tensor:
 
 def _sums(p: Tensor) -> Tensor:
     """The sums over keys of bfloat16 (M, rows), (rows,) float32."""
-    # By products: a sum in float32 would first cast the whole of it.
+    if p.numel() <= CAST:
+        return p.sum(0, dtype=torch.float32)
+    # By products: a sum would first cast the whole of it.
     ones = p.new_ones(1, p.shape[0])
     rounded = torch.mm(ones, p)
     rest = torch.addmm(rounded, ones, p, beta=-1.0)
