@@ -17,7 +17,6 @@ from nlsurgery.blocks.affinity_fused import is_spread
 from nlsurgery.blocks.affinity_tiles import EVEN, FLOOR
 from nlsurgery.blocks.products import (
     LOG_2,
-    beside,
     computed,
     exponentials,
     factors,
@@ -131,28 +130,20 @@ def _gradients(
     else:
         rows, factor, inverse = [slice(0, q.shape[0])], 1.0, total.neg().exp_()
         dy = _times(dy, inverse)
-    values, upstream = _with_dot(v, dy, _dot(dy, y).neg_())
-    values, k = first_factor(values), centred(k)
+    dot = dy.mul(y).sum(-1).neg_()
+    values, k = first_factor(v), centred(k)
     ones = v.new_ones(1, v.shape[0])
     dq, dk, dv = _sums(q, dy, rows, [slice(0, k.shape[0])])
     for m, i in enumerate(rows):
         p = exponentials(keys, queries[i], bias[i]) if kept is None else kept
         dv.add(0, p, dy[i])
-        ds = product_and("mul", p, values, upstream[i])
-        # Its sum over keys should be 0; as y was rounded it is not, which is all there is of a saturated row.
+        ds = product_and("mul", p, values, dy[i], dot[i])
+        # Its sum over keys should be 0, and tells what the rounding of y and of y · dy took.
         excess = torch.mm(ones, ds).mul_(inverse[i])
-        ds.addcmul_(p, excess.to(p.dtype), value=-1.0)
+        ds.addcmul_(p, excess, value=-1.0)
         dk.add(0, ds, q[i])
         dq.add(m, ds.t(), k)
     return (dq, dk, dv), factor
-
-
-def _with_dot(v: Tensor, dy: Tensor, dot: Tensor) -> tuple[Tensor, Tensor]:
-    """v and dy with more channels, such that v dyᵀ is v dyᵀ + dot: a bias would be rounded to bfloat16."""
-    rounded = dot.to(v.dtype)
-    rest = dot.sub_(rounded).to(v.dtype)
-    ones = v.new_ones(v.shape[0], 1)
-    return beside(v, ones, ones), beside(dy, rounded.unsqueeze(1), rest.unsqueeze(1))
 
 
 def _sums(q: Tensor, dy: Tensor, rows: list[slice], columns: list[slice]) -> _Sums:
@@ -160,14 +151,6 @@ def _sums(q: Tensor, dy: Tensor, rows: list[slice], columns: list[slice]) -> _Su
     dk = _Sum(columns, across=q.stride(1) != 1)
     dv = _Sum(columns, across=dy.stride(1) != 1)
     return dq, dk, dv
-
-
-def _dot(dy: Tensor, y: Tensor) -> Tensor:
-    """The sums over channels of bfloat16 dy · y, (N,) float32."""
-    found = dy.new_empty(dy.shape[0], dtype=torch.float32)
-    for i in _cast_pieces(dy):
-        torch.sum(_cast(y[i], "logits").mul_(_cast(dy[i], "rest")), 0, out=found[i])
-    return found
 
 
 def _times(tokens: Tensor, factor: Tensor) -> Tensor:
