@@ -25,12 +25,12 @@ from nlsurgery.blocks.products import (
     product,
 )
 
-#: What is subtracted from a bfloat16 row's logits first: its largest one may lie anywhere from -15 to 52.
+#: What is subtracted from a bfloat16 row's logits first: its largest one may lie anywhere from -5 to 52.
 SHIFT = 60.0
 #: Above this sum of exponentials less the shift they may be off, by a share of as much as the sum.
 LARGEST_SUM = math.exp(-8.0)
-#: Below this sum weights are lost: what is less than 1e-38 is 0.
-SMALLEST_SUM = math.exp(-75.0)
+#: Below this sum weights are lost, as what is less than 1e-38 is 0, or gradients divided by it too large.
+SMALLEST_SUM = math.exp(-65.0)
 #: The share of rows with another sum above which shifts are told by the largest logits, from there on.
 FEW_ROWS = 0.25
 #: Powers of two up to this one need no shift.
