@@ -108,6 +108,7 @@ def _exact_gradients(
             ds = product_and("mul", p, v[j], upstream[i], dot[i])
             dk.add(n, ds, q[i])
             dq.add(m, ds.t(), k[j])
+            del p, ds  # before the next take their memory
     return dq, dk, dv
 
 
@@ -143,6 +144,7 @@ def _gradients(
         ds.addcmul_(p, excess, value=-1.0)
         dk.add(0, ds, q[i])
         dq.add(m, ds.t(), k)
+        del p, ds  # before the next take their memory
     return (dq, dk, dv), factor
 
 

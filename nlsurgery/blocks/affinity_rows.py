@@ -115,6 +115,7 @@ def attended(
                 torch.log(sums, out=total[b, i])
             elif has_backward:
                 torch.add(sums.log(), shift, out=total[b, i])
+            del weights  # before the next take their memory
         is_narrow = item.is_narrow
     return y.transpose(1, 2), total
 
