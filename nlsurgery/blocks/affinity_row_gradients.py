@@ -68,48 +68,84 @@ def row_gradients(
         scale: The factor on the logits.
         kept: The softmax of each batch item as (M, N), each column times a factor; empty to form it again.
     """
-    found = empty_as(q, q.shape[1]), empty_as(k, k.shape[1]), empty_as(v, v.shape[1])
+    dq, found = empty_as(q, q.shape[1]), _Found(k, v)
     q, k, v, y, dy = (computed(t) for t in (q, k, v, y, dy))
     for b in range(q.shape[0]):
         item = q[b], k[b], v[b], y[b], total[b], dy[b], scale
         if is_exact(v):
-            sums, factor = _exact_gradients(*item), 1.0
+            key_sum, value_sum, unit = _exact_gradients(*item, dq[b])
         else:
-            sums, factor = _gradients(*item, kept[b] if kept else None)
-        by = scale * factor, scale * factor, factor
-        for gradient, gathered, each in zip(found, sums, by, strict=True):
-            gathered.write(gradient[b], each)
-    return found
+            key_sum, value_sum, unit = _gradients(*item, kept[b] if kept else None, dq[b])
+        found.take(b, key_sum, scale * unit, value_sum, unit)
+    dk, dv = found.gradients()
+    return dq, dk, dv
 
 
-_Sums = tuple["_Sum", "_Sum", "_Sum"]
+class _Found:
+    """The gradients of keys and values, whose memory is taken when the first item is done."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.like = k, v
+        self.made: list[Tensor] = []
+
+    def take(self, b: int, dk: _Sum, key_factor: float, dv: _Sum, factor: float) -> None:
+        """Write the sums of an item, times factors."""
+        for n, (gathered, by) in enumerate(((dk, key_factor), (dv, factor))):
+            if len(self.made) == n:
+                self.made.append(empty_as(self.like[n], self.like[n].shape[1]))
+            gathered.write(self.made[n][b], by)
+
+    def gradients(self) -> list[Tensor]:
+        """Both; of no items where there were none."""
+        return self.made or [torch.zeros_like(tokens) for tokens in self.like]
 
 
 def _exact_gradients(
-    q: Tensor, k: Tensor, v: Tensor, y: Tensor, total: Tensor, dy: Tensor, scale: float
-) -> _Sums:
-    """Over tiles, as float32 exponentials are a pass over them."""
-    rows = list(pieces(q.shape[0], TILE_QUERIES, EVEN))
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    total: Tensor,
+    dy: Tensor,
+    scale: float,
+    to: Tensor,
+) -> tuple[_Sum, _Sum, float]:
+    """Over tiles, as float32 exponentials are a pass over them.
+
+    Args:
+        q: (N, C') queries.
+        k: (M, C') keys.
+        v: (M, V) values.
+        y: (N, V), the attended values.
+        total: (N,), each row's logarithm of its sum of exponentials.
+        dy: (N, V) gradient.
+        scale: The factor on the logits.
+        to: (N, C'), where the gradient of the queries is written.
+
+    Returns:
+        The sums of the gradients of keys and values, and what both are to be multiplied with.
+    """
     columns = list(pieces(k.shape[0], TILE_KEYS, EVEN))
-    # As forward has them: logits that are rounded in another way are further from their total.
-    powers, bias = (q * (scale / LOG_2)).contiguous(), total / -LOG_2
     floor = FLOOR / LOG_2 if is_spread(q, k, total, scale) else None
-    dot = dy.mul(y).sum(-1).neg_()
-    upstream = dy.contiguous()
-    dq, dk, dv = _sums(q, dy, rows, columns)
-    for m, i in enumerate(rows):
+    bias, dot = total / -LOG_2, dy.mul(y).sum(-1).neg_()
+    dk, dv = _key_sums(q, dy, columns)
+    for i in pieces(q.shape[0], TILE_QUERIES, EVEN):
+        # As forward has them: logits that are rounded in another way are further from their total.
+        powers, upstream = (q[i] * (scale / LOG_2)).contiguous(), dy[i].contiguous()
+        dq = _Sum([i], across=True)
         for n, j in enumerate(columns):
-            p = product(k[j], powers[i], bias[i])
+            p = product(k[j], powers, bias[i])
             if floor is not None:
                 # What is far below would be denormal numbers, which some processors multiply slowly.
                 p.clamp_(min=floor)
             p.exp2_()
             dv.add(n, p, dy[i])
-            ds = product_and("mul", p, v[j], upstream[i], dot[i])
+            ds = product_and("mul", p, v[j], upstream, dot[i])
             dk.add(n, ds, q[i])
-            dq.add(m, ds.t(), k[j])
+            dq.add(0, ds.t(), k[j])
             del p, ds  # before the next take their memory
-    return dq, dk, dv
+        dq.write(to, scale)
+    return dk, dv, 1.0
 
 
 def _gradients(
@@ -121,21 +157,22 @@ def _gradients(
     dy: Tensor,
     scale: float,
     kept: Tensor | None,
-) -> tuple[_Sums, float]:
-    """In bfloat16, over rows of all keys; and a factor that is left, as weights are less than 1 by it."""
+    to: Tensor,
+) -> tuple[_Sum, _Sum, float]:
+    """In bfloat16, over rows of all keys; arguments and result are those of :func:`_exact_gradients`."""
     if kept is None:
         rows = list(pieces(q.shape[0], rows_at_a_time(k.shape[0], k), EVEN))
         queries, keys = factors(q, k, scale)
-        keys, bias, factor = first_factor(keys), -(total + ABOVE_TOTAL * LOG_2), 2.0**ABOVE_TOTAL
-        inverse = total.new_full(total.shape, factor)
+        keys, bias, unit = first_factor(keys), -(total + ABOVE_TOTAL * LOG_2), 2.0**ABOVE_TOTAL
+        inverse = total.new_full(total.shape, unit)
     else:
-        rows, factor, inverse = [slice(0, q.shape[0])], 1.0, total.neg().exp_()
+        rows, unit, inverse = [slice(0, q.shape[0])], 1.0, total.neg().exp_()
         dy = _times(dy, inverse)
     dot = dy.mul(y).sum(-1).neg_()
     values, k = first_factor(v), centred(k)
     ones = v.new_ones(1, v.shape[0])
-    dq, dk, dv = _sums(q, dy, rows, [slice(0, k.shape[0])])
-    for m, i in enumerate(rows):
+    dk, dv = _key_sums(q, dy, [slice(0, k.shape[0])])
+    for i in rows:
         p = exponentials(keys, queries[i], bias[i]) if kept is None else kept
         dv.add(0, p, dy[i])
         ds = product_and("mul", p, values, dy[i], dot[i])
@@ -143,16 +180,15 @@ def _gradients(
         excess = torch.mm(ones, ds).mul_(inverse[i])
         ds.addcmul_(p, excess, value=-1.0)
         dk.add(0, ds, q[i])
-        dq.add(m, ds.t(), k)
+        dq = _Sum([i], across=True)
+        dq.add(0, ds.t(), k)
         del p, ds  # before the next take their memory
-    return (dq, dk, dv), factor
+        dq.write(to, scale * unit)
+    return dk, dv, unit
 
 
-def _sums(q: Tensor, dy: Tensor, rows: list[slice], columns: list[slice]) -> _Sums:
-    dq = _Sum(rows, across=True)
-    dk = _Sum(columns, across=q.stride(1) != 1)
-    dv = _Sum(columns, across=dy.stride(1) != 1)
-    return dq, dk, dv
+def _key_sums(q: Tensor, dy: Tensor, columns: list[slice]) -> tuple[_Sum, _Sum]:
+    return _Sum(columns, across=q.stride(1) != 1), _Sum(columns, across=dy.stride(1) != 1)
 
 
 def _times(tokens: Tensor, factor: Tensor) -> Tensor:
@@ -198,8 +234,9 @@ class _Sum:
             total.add_(Workspace(total, total.dtype, "rest").take(*made.shape).copy_(made))
 
     def write(self, to: Tensor, factor: float) -> None:
-        """Write the sums times ``factor`` to (N, C)."""
-        for part, total in zip(self.parts, self.sums, strict=True):
+        """Write the sums times ``factor`` to (N, C), and give their memory back."""
+        for n, part in enumerate(self.parts):
+            total, self.sums[n] = self.sums[n], None
             if total is None:
                 to[part] = 0
                 continue
