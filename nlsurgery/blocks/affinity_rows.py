@@ -45,7 +45,7 @@ def row_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, *, keep: bool = Fa
         k: (B, M, C') keys.
         v: (B, M, V) values.
         scale: The factor on the logits.
-        keep: Whether the map is kept for backward, not formed again.
+        keep: Whether a bfloat16 map is kept for backward, not formed again.
 
     Returns:
         (B, N, V) in the dtype of ``v``.
@@ -59,7 +59,7 @@ class _Rows(torch.autograd.Function):
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, has_backward: bool, keep: bool
     ) -> Tensor:
-        kept: list[Tensor] | None = [] if has_backward and keep else None
+        kept: list[Tensor] | None = [] if has_backward and keep and not is_exact(v) else None
         y, total = attended(q, k, v, scale, kept, whole=keep, has_backward=has_backward)
         if has_backward:
             ctx.save_for_backward(q, k, v, y, total, *(kept or ()))
