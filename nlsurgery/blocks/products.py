@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from nlsurgery.blocks.affinity import accumulator
 
@@ -48,7 +49,20 @@ def fuses_bfloat16() -> bool:
     It does so by MKL, which on other makers' processors converts to float32, at a quarter of the speed.
     """
     has = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return not (is_onednn_faster() and has is not None and has())
+    return not (is_onednn_faster() and has is not None and has() and multiplies_bfloat16())
+
+
+@lru_cache(maxsize=1)
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN's products take bfloat16: not without AVX-512, or where it is told to leave that out."""
+    # Asked for the first time, it may be among fake tensors.
+    with _disable_current_modes():
+        few = torch.ones(1, 8, dtype=torch.bfloat16, device="cpu")
+        bias = torch.zeros(1, device="cpu")
+        try:
+            return bool(product_and("mul", exponentials(few, few, bias), few, few).isfinite())
+        except RuntimeError:
+            return False
 
 
 def _maker() -> str:

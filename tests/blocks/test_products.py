@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nlsurgery.blocks import (
     NonLocal,
@@ -27,6 +28,12 @@ from nlsurgery.blocks.geometry import pointwise
 from nlsurgery.blocks.products import exponentials, factors, product, product_and
 from nlsurgery.blocks.projection import goes_by_products
 from nlsurgery.blocks.residual import project
+
+needs_bfloat16 = pytest.mark.skipif(
+    not products.multiplies_bfloat16(), reason="oneDNN multiplies no bfloat16 without AVX-512"
+)
+FLOAT32 = torch.float32
+BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_bfloat16)
 
 LAYOUTS = ("rows", "columns", "rows apart", "columns apart", "neither")
 
@@ -63,6 +70,7 @@ def test_products_of_every_layout(first, second):
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
 
 
+@needs_bfloat16
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_bfloat16_products_of_every_layout(first, second):
     a, b = (matrix(n, 33, layout).bfloat16() for n, layout in ((70, first), (50, second)))
@@ -77,7 +85,7 @@ def test_bfloat16_products_of_every_layout(first, second):
     torch.testing.assert_close(product(a, b).double(), plain, rtol=2**-8, atol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_exponentials_of_all_that_is_well_below_1(dtype):
     x = torch.linspace(-86.0, -17.0, 4000)
     nothing = torch.zeros(1, 8, dtype=dtype), torch.zeros(4000, 8, dtype=dtype)
@@ -89,7 +97,7 @@ def test_exponentials_of_all_that_is_well_below_1(dtype):
 
 @pytest.mark.parametrize("last", [True, False], ids=["tokens", "channels"])
 @pytest.mark.parametrize("scale", [1.0, 0.125, 0.3, -0.7])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_factors_of_scaled_logits(dtype, scale, last):
     layout = "rows" if last else "columns"
     q, k = (matrix(n, 33, layout).to(dtype) for n in (40, 50))
@@ -122,7 +130,26 @@ def test_the_processor_decides(monkeypatch, maker, capability, expected):
 def test_bfloat16_is_fused_unless_onednn_multiplies_it(monkeypatch, faster, has):
     monkeypatch.setattr(products, "is_onednn_faster", lambda: faster)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
+    monkeypatch.setattr(products, "multiplies_bfloat16", lambda: True)
     assert products.fuses_bfloat16.__wrapped__() == (not (faster and has))
+
+
+def test_bfloat16_is_fused_where_onednn_does_not_multiply_it(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no primitive")
+
+    monkeypatch.setattr(products, "is_onednn_faster", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr(products, "exponentials", fails)
+    probe = products.multiplies_bfloat16.__wrapped__
+    monkeypatch.setattr(products, "multiplies_bfloat16", probe)
+    assert products.fuses_bfloat16.__wrapped__()
+
+
+@needs_bfloat16
+def test_what_onednn_multiplies_can_be_asked_among_fake_tensors():
+    with FakeTensorMode():
+        assert products.multiplies_bfloat16.__wrapped__()
 
 
 def test_the_maker_is_read_from_this_machine():
@@ -227,7 +254,12 @@ def error(found: Tensor, expected: Tensor) -> float:
 @pytest.mark.parametrize("sizes", [(2, 150, 150, 24, 24), (1, 300, 75, 16, 40)], ids=str)
 @pytest.mark.parametrize(("spread", "scale"), [(0.1, 1.0), (1.0, 0.3), (8.0, 1.0), (60.0, 1.0)])
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.float16, 2e-3), (torch.bfloat16, 4.5e-3)]
+    ("dtype", "tolerance"),
+    [
+        (torch.float32, 2e-5),
+        (torch.float16, 2e-3),
+        pytest.param(torch.bfloat16, 4.5e-3, marks=needs_bfloat16),
+    ],
 )
 @pytest.mark.parametrize("keep", [True, False])
 def test_rows_equal_the_formula(keep, dtype, tolerance, spread, scale, sizes, channels_first):
@@ -246,6 +278,7 @@ def test_rows_equal_the_formula(keep, dtype, tolerance, spread, scale, sizes, ch
         assert torch.equal(alone, softmax_attend(*made[:3], scale, "chunked"))
 
 
+@needs_bfloat16
 @pytest.mark.usefixtures("onednn", "small")
 @pytest.mark.parametrize("spread", [0.1, 1.0, 8.0, 60.0])
 @pytest.mark.parametrize("item", [0, 1 << 30], ids=["item by item", "all at once"])
@@ -270,6 +303,7 @@ def counted(monkeypatch, owner, name: str) -> list[Tensor]:
     return taken
 
 
+@needs_bfloat16
 @pytest.mark.usefixtures("onednn", "small")
 @pytest.mark.parametrize("keep", [True, False])
 def test_a_kept_map_is_not_formed_again(monkeypatch, keep):
@@ -281,6 +315,7 @@ def test_a_kept_map_is_not_formed_again(monkeypatch, keep):
     assert (len(forward), len(backward)) == ((2, 0) if keep else (4, 4))
 
 
+@needs_bfloat16
 @pytest.mark.usefixtures("onednn", "small")
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("keep", [True, False])
@@ -305,6 +340,7 @@ def test_rows_that_are_spread_widely(monkeypatch, far, num_far, told, again, kee
         assert error(one, other) < limit
 
 
+@needs_bfloat16
 @pytest.mark.usefixtures("onednn", "small")
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("many", [0, 1 << 30], ids=["channels first", "as they lie"])
@@ -326,6 +362,7 @@ FORMS = {
 }
 
 
+@needs_bfloat16
 @pytest.mark.usefixtures("onednn", "small")
 @pytest.mark.parametrize("form", FORMS)
 def test_gradients_of_keys_that_have_much_in_common(form):
@@ -370,7 +407,7 @@ def test_gradients_can_be_differentiated_again():
 
 
 @pytest.mark.usefixtures("onednn", "small")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("training", [True, False])
 def test_a_block_takes_them_and_is_the_identity(monkeypatch, dtype, training):
     monkeypatch.setattr("nlsurgery.blocks.choose.SMALL_MAPS", 0)
@@ -384,7 +421,7 @@ def test_a_block_takes_them_and_is_the_identity(monkeypatch, dtype, training):
 
 
 @pytest.mark.usefixtures("onednn")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("small", [0, 1 << 30], ids=["rows", "fused"])
 def test_several_heads(monkeypatch, small, dtype):
     taken: list[int] = []
