@@ -35,8 +35,6 @@ ROWS, MANY_ROWS = {True: 4 << 20, False: 3 << 20}, 16 << 20
 FAST_ROWS = {True: 256, False: 512}
 #: Queries and keys of a float32 tile (2 MB): larger ones are no faster, and take memory.
 TILE_QUERIES, TILE_KEYS = 1 << 10, 1 << 9
-#: Values that are cast to float32 at a time.
-CAST = 1 << 20
 
 
 def rows_at_a_time(num_keys: int, tokens: Tensor) -> int:
@@ -68,36 +66,22 @@ def row_gradients(
         scale: The factor on the logits.
         kept: The softmax of each batch item as (M, N), each column times a factor; empty to form it again.
     """
-    dq, found = empty_as(q, q.shape[1]), _Found(k, v)
+    dq, like = empty_as(q, q.shape[1]), (k, v)
+    found: list[Tensor] = []
     q, k, v, y, dy = (computed(t) for t in (q, k, v, y, dy))
     for b in range(q.shape[0]):
         item = q[b], k[b], v[b], y[b], total[b], dy[b], scale
         if is_exact(v):
-            key_sum, value_sum, unit = _exact_gradients(*item, dq[b])
+            dk, dv, unit = _exact_gradients(*item, dq[b])
         else:
-            key_sum, value_sum, unit = _gradients(*item, kept[b] if kept else None, dq[b])
-        found.take(b, key_sum, scale * unit, value_sum, unit)
-    dk, dv = found.gradients()
-    return dq, dk, dv
-
-
-class _Found:
-    """The gradients of keys and values, whose memory is taken when the first item is done."""
-
-    def __init__(self, k: Tensor, v: Tensor) -> None:
-        self.like = k, v
-        self.made: list[Tensor] = []
-
-    def take(self, b: int, dk: _Sum, key_factor: float, dv: _Sum, factor: float) -> None:
-        """Write the sums of an item, times factors."""
-        for n, (gathered, by) in enumerate(((dk, key_factor), (dv, factor))):
-            if len(self.made) == n:
-                self.made.append(empty_as(self.like[n], self.like[n].shape[1]))
-            gathered.write(self.made[n][b], by)
-
-    def gradients(self) -> list[Tensor]:
-        """Both; of no items where there were none."""
-        return self.made or [torch.zeros_like(tokens) for tokens in self.like]
+            dk, dv, unit = _gradients(*item, kept[b] if kept else None, dq[b])
+        for n, (gathered, factor) in enumerate(((dk, scale * unit), (dv, unit))):
+            if b == 0:
+                # Not before: until then the sums of an item and its map take the memory.
+                found.append(empty_as(like[n], like[n].shape[1]))
+            gathered.write(found[n][b], factor)
+    key_gradient, value_gradient = found or (torch.zeros_like(tokens) for tokens in like)
+    return dq, key_gradient, value_gradient
 
 
 def _exact_gradients(
@@ -167,7 +151,7 @@ def _gradients(
         inverse = total.new_full(total.shape, unit)
     else:
         rows, unit, inverse = [slice(0, q.shape[0])], 1.0, total.neg().exp_()
-        dy = _times(dy, inverse)
+        dy = divided(dy.t(), total.exp(), torch.empty_like(dy).t()).t()
     dot = dy.mul(y).sum(-1).neg_()
     values, k = first_factor(v), centred(k)
     ones = v.new_ones(1, v.shape[0])
@@ -191,21 +175,10 @@ def _key_sums(q: Tensor, dy: Tensor, columns: list[slice]) -> tuple[_Sum, _Sum]:
     return _Sum(columns, across=q.stride(1) != 1), _Sum(columns, across=dy.stride(1) != 1)
 
 
-def _times(tokens: Tensor, factor: Tensor) -> Tensor:
-    """bfloat16 tokens (N, C) times float32 factors (N,), lying as they do."""
-    found = torch.empty_like(tokens)
-    for i in _cast_pieces(tokens):
-        found[i] = _cast(tokens[i], "rest").mul_(factor[i]).t()
-    return found
-
-
-def _cast_pieces(tokens: Tensor) -> list[slice]:
-    return list(pieces(tokens.shape[0], CAST // max(1, tokens.shape[1])))
-
-
-def _cast(tokens: Tensor, name: str) -> Tensor:
-    """Tokens (N, C) as (C, N) float32, in memory that the next call of the name takes."""
-    return Workspace(tokens, torch.float32, name).take(*reversed(tokens.shape)).copy_(tokens.t())
+def divided(values: Tensor, by: Tensor, out: Tensor) -> Tensor:
+    """bfloat16 values (C, N) by float32 ones (N,), divided before they are rounded, written to (C, N)."""
+    exact = Workspace(by, by.dtype, "rest").take(*values.shape).copy_(values)
+    return out.copy_(exact.div_(by))
 
 
 class _Sum:

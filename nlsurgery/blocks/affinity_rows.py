@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from nlsurgery.blocks.affinity import softmax_gradients
-from nlsurgery.blocks.affinity_chunks import Workspace, pieces
-from nlsurgery.blocks.affinity_row_gradients import CAST, row_gradients, rows_at_a_time
+from nlsurgery.blocks.affinity_chunks import pieces
+from nlsurgery.blocks.affinity_row_gradients import divided, row_gradients, rows_at_a_time
 from nlsurgery.blocks.products import (
     LOG_2,
     computed,
@@ -33,6 +33,8 @@ LARGEST_SUM = math.exp(-8.0)
 SMALLEST_SUM = math.exp(-65.0)
 #: The share of rows with another sum above which shifts are told by the largest logits, from there on.
 FEW_ROWS = 0.25
+#: Weights up to which they are cast for their sum.
+CAST = 1 << 20
 #: Powers of two up to this one need no shift.
 NEAR = 60.0
 
@@ -150,7 +152,11 @@ class _Item:
             to add to that of the factor for the logarithm of the sum of exponentials.
         """
         p, sums, shift = self._passes(self.q[i]) if self.is_exact else self._in_product(i)
-        self._divide(product(self.values, p.t()), sums, y)
+        values = product(self.values, p.t())
+        if self.is_exact:
+            torch.div(values, sums, out=y)
+        else:
+            divided(values, sums, y)
         return p, sums, shift
 
     def _in_product(self, i: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -189,13 +195,6 @@ class _Item:
             # The sum is of what is multiplied.
             p.copy_(weights)
         return weights.t(), p.sum(-1), shift.squeeze(1).mul_(LOG_2)
-
-    def _divide(self, values: Tensor, sums: Tensor, y: Tensor) -> None:
-        if self.is_exact:
-            torch.div(values, sums, out=y)
-            return
-        exact = Workspace(sums, sums.dtype, "rest").take(*values.shape).copy_(values)
-        y.copy_(exact.div_(sums))
 
 
 def to_powers(logits: Tensor) -> Tensor:

@@ -86,9 +86,7 @@ def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is None and a.dtype == torch.bfloat16:
         # By oneDNN as well, of any strides.
         return torch.mm(a, b.t())
-    # The overload is named: to find it torch would try to read tensors as lists.
-    linear = torch.ops.mkldnn._linear_pointwise.default
-    return linear(_strided(a), _dense(b), bias, "none", [], "")  # type: ignore[no-any-return]
+    return _linear(a, b, bias, "none")
 
 
 def exponentials(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
@@ -104,8 +102,7 @@ def exponentials(a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
     Returns:
         (N, M), contiguous; 0 for what is below 1.2e-38.
     """
-    linear = torch.ops.mkldnn._linear_pointwise.default
-    return linear(_strided(a), _dense(b), bias, "sigmoid", [], "")  # type: ignore[no-any-return]
+    return _linear(a, b, bias, "sigmoid")
 
 
 def product_and(
@@ -125,6 +122,12 @@ def product_and(
     """
     linear = torch.ops.mkldnn._linear_pointwise.binary
     return linear(_strided(a), other, _dense(b), bias, operation)  # type: ignore[no-any-return]
+
+
+def _linear(a: Tensor, b: Tensor, bias: Tensor | None, function: str) -> Tensor:
+    # The overload is named: to find it torch would try to read tensors as lists.
+    linear = torch.ops.mkldnn._linear_pointwise.default
+    return linear(_strided(a), _dense(b), bias, function, [], "")  # type: ignore[no-any-return]
 
 
 def _strided(x: Tensor) -> Tensor:
