@@ -40,14 +40,14 @@ def logit_scale(head_size: int, use_scale: bool) -> float:
 
 
 def differentiable_gradients(
-    y: Tensor, inputs: Sequence[Tensor | None], dy: Tensor
+    y: Tensor | Sequence[Tensor], inputs: Sequence[Tensor | None], dy: Tensor | Sequence[Tensor]
 ) -> tuple[Any, ...]:
     """Gradients that can be differentiated again (a gradient penalty does so).
 
     Args:
-        y: Computed by plain operations from ``inputs``.
+        y: Computed by plain operations from ``inputs``; one tensor or several.
         inputs: Tensors; ``None`` is returned for those that need no gradient, and for ``None``.
-        dy: The gradient of ``y``.
+        dy: The gradient of ``y``, of each.
     """
     needed = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
     found = iter(torch.autograd.grad(y, needed, dy, create_graph=True))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nlsurgery.blocks.affinity import softmax_gradients
-from nlsurgery.blocks.affinity_chunks import pieces
+from nlsurgery.blocks.affinity_chunks import Workspace, pieces
 from nlsurgery.blocks.affinity_row_gradients import divided, row_gradients, rows_at_a_time
 from nlsurgery.blocks.products import (
     LOG_2,
@@ -214,7 +214,8 @@ def to_powers(logits: Tensor) -> Tensor:
 def _sums(p: Tensor) -> Tensor:
     """The sums over keys of bfloat16 (M, rows), (rows,) float32."""
     if p.numel() <= CAST:
-        return p.sum(0, dtype=torch.float32)
+        # Copied by hand: a sum would take new memory for the copy.
+        return Workspace(p, torch.float32, "logits").take(*p.shape).copy_(p).sum(0)
     # By products: a sum would first cast the whole of it.
     ones = p.new_ones(1, p.shape[0])
     rounded = torch.mm(ones, p)

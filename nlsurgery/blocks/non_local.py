@@ -29,7 +29,12 @@ from nlsurgery.blocks.geometry import (
 )
 from nlsurgery.blocks.norms import build_norm
 from nlsurgery.blocks.registration import register
-from nlsurgery.blocks.residual import add_projected, project, project_together
+from nlsurgery.blocks.residual import (
+    add_projected,
+    project,
+    project_together,
+    queries_factor,
+)
 from nlsurgery.errors import BlockError
 
 for _name in ("add_projected", "attend", "checked_input", "dot_product_map", "laid_out"):
@@ -40,6 +45,7 @@ for _name in (
     "pool_keys",
     "project",
     "project_together",
+    "queries_factor",
     "scalar_sum_map",
 ):
     torch.fx.wrap(_name)
@@ -168,8 +174,8 @@ class NonLocal(nn.Module):
         """
         x = checked_input(x, self.in_channels, self.dims)
         source = laid_out(x, self.mode, self._sizes, self.sub_sample, self.implementation)
-        q, k, v = self._projections(source)
-        y = attend(q, k, v, self.mode, self.scale, self.implementation)
+        q, k, v, scale = self._projections(source)
+        y = attend(q, k, v, self.mode, scale, self.implementation)
         return add_projected(x, y, self.out, self.norm)
 
     def attention(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
@@ -183,15 +189,14 @@ class NonLocal(nn.Module):
             (B, N, M), or (B, Q, M), with M = N keys, fewer under ``sub_sample``; rows sum to 1 in
             the softmax modes. float32 for half inputs.
         """
-        projected = self._projections(checked_input(x, self.in_channels, self.dims))
-        q, k = to_tokens(projected[0]), to_tokens(projected[1])
+        source = checked_input(x, self.in_channels, self.dims)
+        queries_map, keys_map, _, scale = self._projections(source)
+        q, k = to_tokens(queries_map), to_tokens(keys_map)
         if queries is not None:
             q = q[:, queries]
         if self.mode == "concatenation":
             return scalar_sum_map(q, k)
-        return (
-            dot_product_map(q, k) if self.mode == "dot_product" else softmax_map(q, k, self.scale)
-        )
+        return dot_product_map(q, k) if self.mode == "dot_product" else softmax_map(q, k, scale)
 
     def chosen_implementation(
         self, shape: Sequence[int], *, dtype: torch.dtype = torch.float32, device: str = "cpu"
@@ -225,27 +230,33 @@ class NonLocal(nn.Module):
     def _pooled(self, x: Tensor, order: str) -> Tensor:
         return pool_keys(x) if self.sub_sample and self.pool_order == order else x
 
-    def _projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values as maps; in ``concatenation`` the two parts of the logits."""
+    def _projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
+        """Queries, keys and values as maps, and the factor on the logits that is left.
+
+        In ``concatenation`` the two parts of the logits in place of queries and keys.
+        """
         early = self._pooled(x, "before_conv")
         if self.mode in ("embedded_gaussian", "dot_product"):
+            layers = self.theta, self.phi, self.g
+            factor = queries_factor(x, self.scale, *layers)
             if early is x:
-                q, k, v = project_together(x, self.theta, self.phi, self.g)
+                q, k, v = project_together(x, *layers, factor=factor)
             else:
-                q = project(self.theta, x)
+                (q,) = project_together(x, self.theta, factor=factor)
                 k, v = project_together(early, self.phi, self.g)
-            return q, self._pooled(k, "after_conv"), self._pooled(v, "after_conv")
+            scale = self.scale / factor
+            return q, self._pooled(k, "after_conv"), self._pooled(v, "after_conv"), scale
         v = self._pooled(project(self.g, early), "after_conv")
         if self.mode == "gaussian":
-            return x, pool_keys(x) if self.sub_sample else x, v
+            return x, pool_keys(x) if self.sub_sample else x, v, self.scale
         weight = cast(Tensor, self.concat_project.weight)
         if not self.sub_sample:
             a, b = logit_parts(x, self.theta, self.phi, weight)
-            return a, b, v
+            return a, b, v, self.scale
         a = logit_part(x, self.theta, weight, True)
         if self.pool_order == "after_conv":
-            return a, logit_part(pool_keys(self.phi(x)), None, weight, False), v
-        return a, logit_part(early, self.phi, weight, False), v
+            return a, logit_part(pool_keys(self.phi(x)), None, weight, False), v, self.scale
+        return a, logit_part(early, self.phi, weight, False), v, self.scale
 
     def extra_repr(self) -> str:
         """The options, for ``print(block)``."""

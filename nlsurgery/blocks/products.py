@@ -149,6 +149,11 @@ def is_exact(tokens: Tensor) -> bool:
     return tokens.dtype != torch.bfloat16
 
 
+def is_power_of_two(factor: float) -> bool:
+    """Whether to multiply with it is exact, its sign aside."""
+    return abs(math.frexp(factor)[0]) == 0.5
+
+
 def factors(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Queries and keys whose product is scale · q kᵀ.
 
@@ -161,7 +166,7 @@ def factors(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """
     if scale == 1.0:
         return q, k
-    if is_exact(q) or abs(math.frexp(scale)[0]) == 0.5:
+    if is_exact(q) or is_power_of_two(scale):
         return q * scale, k
     scaled = q.float().mul_(scale)
     rounded = scaled.to(q.dtype)

@@ -1,11 +1,14 @@
-"""1×1 convolutions by oneDNN where torch leaves them to MKL although that is slower.
+"""1×1 convolutions as matrix products, on processors where torch's own take longer (``products.py``).
 
-On one thread torch takes MKL for a float32 convolution with a 1×1 kernel and a batch below 16
-(``aten/src/ATen/native/Convolution.cpp``), whatever the processor (``products.py``).
+In float32 torch takes MKL for a 1×1 kernel and a batch below 16 on one thread
+(``aten/src/ATen/native/Convolution.cpp``), whatever the processor. In bfloat16 its convolutions first copy a
+map whose channels come first into another order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import chain, repeat
 from typing import Any
 
 import torch
@@ -15,12 +18,17 @@ from torch import Tensor
 from nlsurgery.blocks import products
 from nlsurgery.blocks.affinity import differentiable_gradients
 from nlsurgery.blocks.geometry import is_eager, working_dtype
-from nlsurgery.blocks.products import product, product_and
+from nlsurgery.blocks.products import is_exact, product, product_and
 
-#: Batches from which on torch itself takes oneDNN, as with more than one thread.
+#: Float32 batches from which on torch itself takes oneDNN, as with more than one thread.
 TORCH_BATCH = 16
 #: Below so many multiplications to begin takes longer than to multiply.
 MANY_PRODUCTS = 1 << 22
+#: Weights up to which a bfloat16 batch is multiplied faster than convolved.
+BATCH_WEIGHTS = 1 << 18
+
+#: The weight (C', C, 1, …) of a 1×1 convolution, and its bias (C',).
+Layer = tuple[Tensor, Tensor | None]
 
 
 def goes_by_products(x: Tensor, weight: Tensor) -> bool:
@@ -30,83 +38,169 @@ def goes_by_products(x: Tensor, weight: Tensor) -> bool:
         x: (B, C, *spatial).
         weight: (C', C, 1, …).
     """
-    if not is_eager() or x.device.type != "cpu" or x.shape[0] >= TORCH_BATCH:
+    if not may_go_by_products(x, weight) or x.numel() * weight.shape[0] < MANY_PRODUCTS:
         return False
-    if {x.dtype, weight.dtype, working_dtype(x)} != {torch.float32} or torch.get_num_threads() > 1:
-        return False
-    if x.numel() * weight.shape[0] < MANY_PRODUCTS or not _lies_well(x):
-        return False
-    return products.are_by_onednn(x.dtype, x.device.type)
+    if is_exact(x):
+        return x.shape[0] < TORCH_BATCH and torch.get_num_threads() == 1
+    return x.is_contiguous() and (x.shape[0] == 1 or weight.numel() <= BATCH_WEIGHTS)
 
 
-def pointwise_products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The 1×1 convolution of (B, C, *spatial) with (C', C, 1, …): (B, C', *spatial), lying as ``x`` does."""
+def may_go_by_products(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`pointwise_products` takes a map (B, C, *spatial) and a weight (C', C, 1, …)."""
+    if not is_eager() or x.device.type != "cpu" or not (x.is_contiguous() or _is_last(x)):
+        return False
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return False
+    same = x.dtype == weight.dtype == working_dtype(x)
+    return same and products.are_by_onednn(x.dtype, x.device.type)
+
+
+def pointwise_products(
+    x: Tensor, layers: Sequence[Layer], factor: float = 1.0
+) -> tuple[Tensor, ...]:
+    """Several 1×1 convolutions of one map.
+
+    Args:
+        x: (B, C, *spatial) in float32 or bfloat16.
+        layers: The weight and bias of each.
+        factor: What the first's result is multiplied with; in bfloat16 before it is rounded.
+
+    Returns:
+        One (B, C', *spatial) of each, lying as ``x`` does.
+    """
+    parameters: list[Tensor | None] = []
+    for weight, bias in layers:
+        parameters += [weight.flatten(1), bias]
     if _is_last(x):
         rows = x.movedim(1, -1)
-        y = _Rows.apply(rows.flatten(0, -2), weight.flatten(1), bias)
-        return y.unflatten(0, rows.shape[:-1]).movedim(-1, 1)  # type: ignore[no-any-return]
-    y = _Columns.apply(x.flatten(2), weight.flatten(1), bias)
-    return y.unflatten(2, x.shape[2:])  # type: ignore[no-any-return]
-
-
-def _lies_well(x: Tensor) -> bool:
-    return x.is_contiguous() or _is_last(x)
+        found = _Pointwise.apply(rows.flatten(0, -2), factor, *parameters)
+        return tuple(y.unflatten(0, rows.shape[:-1]).movedim(-1, 1) for y in found)
+    found = _Pointwise.apply(x.flatten(2), factor, *parameters)
+    return tuple(y.unflatten(2, x.shape[2:]) for y in found)
 
 
 def _is_last(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.movedim(1, -1).is_contiguous()
 
 
-class _Rows(torch.autograd.Function):
-    """x Wᵀ + bias of (N, C) and (C', C)."""
+class _Pointwise(torch.autograd.Function):
+    """W x + bias of columns (B, C, N) or rows (N, C) for several W (C', C), the first times a factor."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        return product(x, weight, bias)
+    def forward(
+        ctx: Any, x: Tensor, factor: float, *parameters: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *parameters)
+        ctx.set_materialize_grads(False)
+        ctx.factor = factor
+        return tuple(_mapped(x, w, b, f) for w, b, f in _layers(parameters, factor))
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, weight, bias = ctx.saved_tensors
+    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+        x, *parameters = ctx.saved_tensors
+        inputs, needed = (x, *parameters), (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
         if torch.is_grad_enabled():
-            return differentiable_gradients(F.linear(x, weight, bias), (x, weight, bias), dy)
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        dy = dy.contiguous()
-        dx = product(dy, weight.t()) if needs_x else None
-        dw = product(dy.t(), x.t()) if needs_weight else None
-        return dx, dw, dy.sum(0) if needs_bias else None
+            made = [_plain(x, w, b) * f for w, b, f in _layers(parameters, ctx.factor)]
+            given = [
+                torch.zeros_like(y) if dy is None else dy
+                for y, dy in zip(made, upstream, strict=True)
+            ]
+            found = differentiable_gradients(made, inputs, given)
+            return found[0], None, *found[1:]
+        gradients: list[Tensor | None] = [None] * len(inputs)
+        for n, (weight, _, factor) in enumerate(_layers(parameters, ctx.factor)):
+            dy = upstream[n]
+            if dy is None:
+                continue
+            dy = dy.contiguous()
+            if needed[0]:
+                gradients[0] = _added(gradients[0], dy, weight.t(), factor)
+            if needed[2 * n + 1]:
+                gradients[2 * n + 1] = _scaled(_weight_gradient(dy, x), factor)
+            if needed[2 * n + 2]:
+                positions = (0, 2) if dy.dim() == 3 else 0
+                gradients[2 * n + 2] = _scaled(dy.sum(positions), factor)
+        return gradients[0], None, *gradients[1:]
 
 
-class _Columns(torch.autograd.Function):
-    """W x + bias of each batch item of (B, C, N), and (C', C)."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        y = _each(weight, x)
-        return y if bias is None else y.add_(bias.unsqueeze(1))
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        x, weight, bias = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            y = F.conv1d(x, weight.unsqueeze(2), bias)
-            return differentiable_gradients(y, (x, weight, bias), dy)
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        dy = dy.contiguous()
-        dx = _each(weight.t(), dy) if needs_x else None
-        dw = None
-        if needs_weight:
-            dw = product(dy[0], x[0])
-            for upstream, item in zip(dy[1:], x[1:], strict=True):
-                dw = product_and("add", dw, upstream, item)
-        return dx, dw, dy.sum((0, 2)) if needs_bias else None
+def _layers(
+    parameters: Sequence[Tensor | None], factor: float
+) -> Iterator[tuple[Tensor, Tensor | None, float]]:
+    """Each weight, its bias and the factor."""
+    factors = chain((factor,), repeat(1.0))
+    layers = zip(parameters[::2], parameters[1::2], factors, strict=False)
+    yield from layers  # type: ignore[misc]
 
 
-def _each(matrix: Tensor, x: Tensor) -> Tensor:
-    """(B, C', N), the product of (C', C) and each (C, N)."""
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias) if x.dim() == 2 else F.conv1d(x, weight.unsqueeze(2), bias)
+
+
+def _mapped(x: Tensor, weight: Tensor, bias: Tensor | None, factor: float) -> Tensor:
+    """factor · (W x + bias)."""
+    if is_exact(x):
+        if x.dim() == 2:
+            return _scaled(product(x, weight, bias), factor)
+        y = _stacked([product(weight, item.t()) for item in x])
+        return _scaled(y if bias is None else y.add_(bias.unsqueeze(1)), factor)
+    # The sum and the factor are part of the product.
+    start = weight.new_zeros(1) if bias is None else _times(bias, factor)
+    if x.dim() == 2:
+        return torch.addmm(start, x, weight.t(), alpha=factor)
+    start = start.unsqueeze(1)
     if x.shape[0] == 1:
-        made = product(matrix, x[0].t())
-        # Not a view, which could not be changed in place after a function of ours.
-        return torch.ops.aten._unsafe_view(made, (1, *made.shape))  # type: ignore[no-any-return]
-    return torch.stack([product(matrix, item.t()) for item in x])
+        return _stacked([torch.addmm(start, weight, x[0], alpha=factor)])
+    return torch.baddbmm(start, _repeated(weight, x), x, alpha=factor)
+
+
+def _added(total: Tensor | None, x: Tensor, weight: Tensor, factor: float) -> Tensor:
+    """total + factor · W x; ``total`` may be overwritten."""
+    if total is None:
+        return _mapped(x, weight, None, factor)
+    if is_exact(x):
+        x = _times(x, factor)
+        if x.dim() == 2:
+            return product_and("add", total, x, weight)
+        pairs = zip(total, x, strict=True)
+        return _stacked([product_and("add", part, weight, item.t()) for part, item in pairs])
+    if x.dim() == 2:
+        return total.addmm_(x, weight.t(), alpha=factor)
+    if x.shape[0] == 1:
+        total[0].addmm_(weight, x[0], alpha=factor)
+        return total
+    return total.baddbmm_(_repeated(weight, x), x, alpha=factor)
+
+
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """(C', C), the sum over positions of dy xᵀ."""
+    if x.dim() == 2:
+        return product(dy.t(), x.t())
+    if x.shape[0] == 1 or is_exact(x):
+        dw = product(dy[0], x[0])
+        for upstream, item in zip(dy[1:], x[1:], strict=True):
+            dw = product_and("add", dw, upstream, item)
+        return dw
+    # One product, as sums of several would be rounded.
+    dy, x = (t.transpose(0, 1).flatten(1) for t in (dy, x))
+    return product(dy, x)
+
+
+def _stacked(items: list[Tensor]) -> Tensor:
+    if len(items) > 1:
+        return torch.stack(items)
+    # Not a view, which could not be changed in place after a function of ours.
+    (item,) = items
+    return torch.ops.aten._unsafe_view(item, (1, *item.shape))  # type: ignore[no-any-return]
+
+
+def _repeated(weight: Tensor, x: Tensor) -> Tensor:
+    # A batch of products takes several times as long where the first factor is transposed.
+    return weight.contiguous().expand(x.shape[0], -1, -1)
+
+
+def _times(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x * factor
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    return x if factor == 1.0 else x.mul_(factor)

@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from nlsurgery.blocks.geometry import CHANNELS_LAST, is_eager, working_dtype
 from nlsurgery.blocks.memory_format import to_format_of
 from nlsurgery.blocks.norms import BatchNorm
-from nlsurgery.blocks.projection import goes_by_products, pointwise_products
+from nlsurgery.blocks.products import is_power_of_two
+from nlsurgery.blocks.projection import (
+    goes_by_products,
+    may_go_by_products,
+    pointwise_products,
+)
 
 #: Below so many values, batch normalisation takes less time than folding it.
 FOLDED_VALUES = 1 << 17
@@ -28,6 +33,8 @@ DENSE_VALUES = 1 << 14
 #: torch's CPU convolutions take long to begin.
 MANY_POSITIONS = 1024
 MANY_POSITIONS_BFLOAT16 = 128
+#: From so many positions on logits are not formed by passes, which would scale them at no cost.
+SCALED_POSITIONS = 512
 #: Weights of so many values in all are joined only for as many positions as the input has channels.
 MANY_WEIGHTS = 1 << 20
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -62,16 +69,37 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
         (B, C', *spatial) in the memory format of ``x``.
     """
     if is_plain(projection):
-        weight, bias = cast(Tensor, projection.weight), cast("Tensor | None", projection.bias)
+        weight, bias = _parameters(projection)
         if x.dim() == 5:
             return convolve(x, weight, bias)
         if goes_by_products(x, weight):
-            return pointwise_products(x, weight, bias)
+            return pointwise_products(x, [(weight, bias)])[0]
     return projection(x)  # type: ignore[no-any-return]
 
 
 @torch.fx.wrap
-def project_together(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
+def queries_factor(x: Tensor, scale: float, *projections: nn.Module) -> float:
+    """The part of the factor on the logits that :func:`project_together` is to give the queries.
+
+    That is all of it where scaled queries would be rounded twice otherwise, or logits be formed by two
+    products: in bfloat16 by oneDNN, for a factor that is no power of two. Elsewhere it is 1.
+
+    Args:
+        x: (B, C, *spatial).
+        scale: The factor on the logits.
+        projections: Those of the queries first.
+    """
+    if is_power_of_two(scale) or x.dtype != torch.bfloat16 or not is_eager():
+        return 1.0
+    if x.numel() < SCALED_POSITIONS * x.shape[0] * x.shape[1]:
+        return 1.0
+    if not all(is_plain(projection) for projection in projections):
+        return 1.0
+    return scale if may_go_by_products(x, cast(Tensor, projections[0].weight)) else 1.0
+
+
+@torch.fx.wrap
+def project_together(x: Tensor, *projections: nn.Module, factor: float = 1.0) -> tuple[Tensor, ...]:
     """Several 1×1 convolutions of one input, as one where that is faster: x is read once.
 
     It is not where the weights are as large as the input, nor in float32 where the channels of a
@@ -80,16 +108,25 @@ def project_together(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
     Args:
         x: (B, C, *spatial).
         projections: The modules.
+        factor: What the first's result is multiplied with, as :func:`queries_factor` tells it.
 
     Returns:
         One (B, C', *spatial) of each; views of one tensor where they were computed together.
     """
+    if is_eager() and all(is_plain(projection) for projection in projections):
+        layers = [_parameters(projection) for projection in projections]
+        if factor != 1.0 or all(goes_by_products(x, weight) for weight, _ in layers):
+            return pointwise_products(x, layers, factor)
     if not _joins(x, projections):
         return tuple(project(projection, x) for projection in projections)
     weights = [cast(Tensor, projection.weight) for projection in projections]
     biases = [cast(Tensor, bias) for p in projections if (bias := p.bias) is not None]
     y = convolve(x, torch.cat(weights), torch.cat(biases) if biases else None)
     return torch.split(y, [weight.shape[0] for weight in weights], dim=1)
+
+
+def _parameters(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
+    return cast(Tensor, projection.weight), cast("Tensor | None", projection.bias)
 
 
 def _joins(x: Tensor, projections: Sequence[nn.Module]) -> bool:
@@ -112,7 +149,7 @@ def _joins(x: Tensor, projections: Sequence[nn.Module]) -> bool:
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The 1×1 convolution of (B, C, *spatial) with a weight (C', C, 1, …)."""
     if goes_by_products(x, weight):
-        return pointwise_products(x, weight, bias)
+        return pointwise_products(x, [(weight, bias)])[0]
     if x.dim() != 5:
         return _FUNCTIONS[x.dim()](x, weight, bias)
     tokens = x.movedim(1, -1)

@@ -18,16 +18,12 @@ from nlsurgery.blocks import (
     affinity_rows,
     affinity_softmax,
     products,
-    projection,
 )
 from nlsurgery.blocks.affinity_explicit import explicit_attend
 from nlsurgery.blocks.affinity_rows import row_attend
 from nlsurgery.blocks.affinity_softmax import has_denormal_weights, softmax_attend
 from nlsurgery.blocks.choose import choose_implementation, without_denormals
-from nlsurgery.blocks.geometry import pointwise
 from nlsurgery.blocks.products import exponentials, factors, product, product_and
-from nlsurgery.blocks.projection import goes_by_products
-from nlsurgery.blocks.residual import project
 
 needs_bfloat16 = pytest.mark.skipif(
     not products.multiplies_bfloat16(), reason="oneDNN multiplies no bfloat16 without AVX-512"
@@ -441,68 +437,3 @@ def test_several_heads(monkeypatch, small, dtype):
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         assert error(one, other) < (1.2e-2 if dtype == torch.bfloat16 else 1e-5)
-
-
-LAYOUT = {3: None, 4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-@pytest.fixture
-def every_projection(monkeypatch, onednn):
-    monkeypatch.setattr(projection, "MANY_PRODUCTS", 0)
-
-
-@pytest.mark.usefixtures("every_projection")
-@pytest.mark.parametrize("last", [False, True], ids=["channels first", "channels last"])
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("size", [(7,), (6, 5), (3, 4, 5)], ids=str)
-def test_projections_by_products(size, batch, bias, last):
-    convolution = pointwise(10, 6, len(size), bias=bias)
-    x = torch.randn(batch, 10, *size)
-    if last and len(size) > 1:
-        x = x.to(memory_format=LAYOUT[x.dim()])
-    inputs = [x.requires_grad_(), *convolution.parameters()]
-    dy = torch.randn(batch, 6, *size)
-    assert goes_by_products(x, convolution.weight)
-    y, plain = project(convolution, x), convolution(x)
-    kind = LAYOUT[x.dim()] if last and len(size) > 1 else torch.contiguous_format
-    assert y.is_contiguous(memory_format=kind)
-    torch.testing.assert_close(y, plain, rtol=1e-5, atol=1e-5)
-    pairs = [torch.autograd.grad(t, inputs, dy, retain_graph=True) for t in (y, plain)]
-    for one, other in zip(*pairs, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-    penalties = [
-        torch.autograd.grad(t.pow(2).sum(), x, create_graph=True)[0].pow(2).sum()
-        for t in (y, plain)
-    ]
-    again = [torch.autograd.grad(penalty, inputs[1]) for penalty in penalties]
-    for one, other in zip(*again, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.usefixtures("every_projection")
-def test_projections_that_torch_does_as_fast_are_left_to_it(monkeypatch):
-    x, weight = torch.randn(1, 10, 6, 5), torch.randn(4, 10, 1, 1)
-    assert goes_by_products(x, weight)
-    assert not goes_by_products(x.expand(16, -1, -1, -1), weight)
-    assert not goes_by_products(x.bfloat16(), weight.bfloat16())
-    assert not goes_by_products(x.double(), weight.double())
-    assert not goes_by_products(x[..., :3], weight)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not goes_by_products(x, weight)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    assert not goes_by_products(x, weight)
-
-
-@pytest.mark.usefixtures("every_projection")
-@pytest.mark.parametrize("mode", ["embedded_gaussian", "dot_product", "concatenation"])
-@pytest.mark.parametrize("training", [True, False])
-def test_a_block_projects_by_them(mode, training):
-    block = NonLocal(32, mode=mode).train(training)
-    x = torch.randn(2, 32, 12, 12, requires_grad=True)
-    with torch.profiler.profile() as profile:
-        y = block(x)
-    assert "mkldnn::_linear_pointwise" in {event.key for event in profile.key_averages()}
-    assert torch.equal(y, x)
-    y.sum().backward()
-    assert block.bn.weight.grad.isfinite().all()
