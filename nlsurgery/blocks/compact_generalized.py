@@ -13,6 +13,9 @@ from nlsurgery.blocks.base import ProjectedBlock
 from nlsurgery.blocks.geometry import pointwise, reduced
 from nlsurgery.blocks.linear_attention import checked_heads
 from nlsurgery.blocks.registration import register
+from nlsurgery.blocks.residual import project_together
+
+torch.fx.wrap("project_together")
 
 Norm = Literal["bn", "ln", "gn", "none"]
 
@@ -66,7 +69,8 @@ class CompactGeneralizedNonLocal(ProjectedBlock):
 
     def attended(self, x: Tensor) -> Tensor:
         """Queries times their group's factor."""
-        return compact_product(self.theta(x), self.phi(x), self.g(x), self.groups)
+        q, k, v = project_together(x, self.theta, self.phi, self.g)
+        return compact_product(q, k, v, self.groups)
 
 
 @register("compact_generalized", source="Yue et al., Compact Generalized Non-local, NeurIPS 2018")

@@ -13,9 +13,12 @@ from nlsurgery.blocks.base import ProjectedBlock
 from nlsurgery.blocks.geometry import checked_input, pointwise, reduced, to_tokens
 from nlsurgery.blocks.global_context import pooled_context
 from nlsurgery.blocks.registration import register
+from nlsurgery.blocks.residual import project_together, queries_factor
 from nlsurgery.errors import BlockError
 
-for _name in ("attend", "checked_input", "pooled_context", "softmax_map", "to_tokens"):
+for _name in ("attend", "checked_input", "pooled_context", "project_together", "queries_factor"):
+    torch.fx.wrap(_name)
+for _name in ("softmax_map", "to_tokens"):
     torch.fx.wrap(_name)
 
 Norm = Literal["bn", "ln", "gn", "none"]
@@ -50,19 +53,21 @@ class DisentangledNonLocal(ProjectedBlock):
 
     def attended(self, x: Tensor) -> Tensor:
         """The pairwise and the unary term."""
-        v = self.g(x)
-        q, k = self._whitened(x)
-        pairwise = attend(q, k, v, "embedded_gaussian", self.scale, "auto")
+        layers = self.theta, self.phi, self.g
+        factor = queries_factor(x, self.scale, *layers)
+        q, k, v = project_together(x, *layers, factor=factor)
+        q, k = self._whitened(q), self._whitened(k)
+        pairwise = attend(q, k, v, "embedded_gaussian", self.scale / factor, "auto")
         return pairwise + pooled_context(v, self.conv_mask(x))
 
     def attention(self, x: Tensor) -> Tensor:
         """The pairwise term's map of (B, C, *spatial): (B, N, N), rows sum to 1."""
-        q, k = self._whitened(checked_input(x, self.in_channels, self.dims))
+        x = checked_input(x, self.in_channels, self.dims)
+        q, k = self._whitened(self.theta(x)), self._whitened(self.phi(x))
         return softmax_map(to_tokens(q), to_tokens(k), self.scale)
 
-    def _whitened(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        q, k = self.theta(x), self.phi(x)
-        return q - q.mean(self.axes, keepdim=True), k - k.mean(self.axes, keepdim=True)
+    def _whitened(self, x: Tensor) -> Tensor:
+        return x - x.mean(self.axes, keepdim=True)
 
 
 @register("disentangled", source="Yin et al., Disentangled Non-Local Networks, ECCV 2020")

@@ -12,7 +12,10 @@ from nlsurgery.blocks.affinity import accumulator, without_autocast
 from nlsurgery.blocks.base import ProjectedBlock
 from nlsurgery.blocks.geometry import pointwise, reduced
 from nlsurgery.blocks.registration import register
+from nlsurgery.blocks.residual import project_together
 from nlsurgery.errors import BlockError
+
+torch.fx.wrap("project_together")
 
 Norm = Literal["bn", "ln", "gn", "none"]
 
@@ -88,7 +91,8 @@ class EfficientAttention(ProjectedBlock):
 
     def attended(self, x: Tensor) -> Tensor:
         """Values summarised by keys and read by queries."""
-        return summarise(self.g(x), self.phi(x), self.theta(x), self.heads)
+        q, k, v = project_together(x, self.theta, self.phi, self.g)
+        return summarise(v, k, q, self.heads)
 
 
 def checked_heads(channels: int, heads: int, *, block: str) -> int:

@@ -20,9 +20,12 @@ from nlsurgery.blocks.geometry import (
 )
 from nlsurgery.blocks.linear_attention import checked_heads
 from nlsurgery.blocks.registration import register
+from nlsurgery.blocks.residual import project_together, queries_factor
 from nlsurgery.errors import BlockError
 
-for _name in ("checked_input", "pool_keys", "softmax_map", "to_map", "to_tokens"):
+for _name in ("checked_input", "pool_keys", "project_together", "queries_factor"):
+    torch.fx.wrap(_name)
+for _name in ("softmax_map", "to_map", "to_tokens"):
     torch.fx.wrap(_name)
 
 Norm = Literal["bn", "ln", "gn", "none"]
@@ -86,8 +89,11 @@ class MultiHeadNonLocal(ProjectedBlock):
 
     def attended(self, x: Tensor) -> Tensor:
         """All heads' values, side by side."""
-        k, v = self._pooled(self.phi(x)), self._pooled(self.g(x))
-        return multi_head(self.theta(x), k, v, self.heads, self.scale)
+        layers = self.theta, self.phi, self.g
+        factor = queries_factor(x, self.scale, *layers)
+        q, k, v = project_together(x, *layers, factor=factor)
+        k, v = self._pooled(k), self._pooled(v)
+        return multi_head(q, k, v, self.heads, self.scale / factor)
 
     def attention(self, x: Tensor) -> Tensor:
         """The mean of the heads' maps of (B, C, *spatial): (B, N, M), rows sum to 1."""

@@ -14,9 +14,10 @@ from nlsurgery.blocks.attend import attend
 from nlsurgery.blocks.base import ProjectedBlock
 from nlsurgery.blocks.geometry import checked_input, pointwise, reduced, to_tokens
 from nlsurgery.blocks.registration import register
+from nlsurgery.blocks.residual import project_together
 from nlsurgery.errors import BlockError
 
-for _name in ("attend", "checked_input", "softmax_map", "to_tokens"):
+for _name in ("attend", "checked_input", "project_together", "softmax_map", "to_tokens"):
     torch.fx.wrap(_name)
 
 Norm = Literal["bn", "ln", "gn", "none"]
@@ -68,8 +69,9 @@ class AsymmetricNonLocal(ProjectedBlock):
 
     def attended(self, x: Tensor) -> Tensor:
         """The anchors' values, attended."""
-        k, v = pyramid(self.phi(x), self.sizes), pyramid(self.g(x), self.sizes)
-        return attend(self.theta(x), k, v, "embedded_gaussian", self.scale, "auto")
+        q, k, v = project_together(x, self.theta, self.phi, self.g)
+        k, v = pyramid(k, self.sizes), pyramid(v, self.sizes)
+        return attend(q, k, v, "embedded_gaussian", self.scale, "auto")
 
     def attention(self, x: Tensor) -> Tensor:
         """The map over anchors of (B, C, *spatial): (B, N, S), rows sum to 1."""
