@@ -61,20 +61,22 @@ def row_gradients(
         k: (B, M, C') keys.
         v: (B, M, V) values.
         y: (B, N, V), the attended values.
-        total: (B, N), each row's logarithm of its sum of exponentials, or of its sum in ``kept``.
+        total: (B, N), each row's logarithm of its sum of exponentials, or its column's sum in ``kept``.
         dy: (B, N, V) gradient.
         scale: The factor on the logits.
         kept: The softmax of each batch item as (M, N), each column times a factor; empty to form it again.
     """
     dq, like = empty_as(q, q.shape[1]), (k, v)
     found: list[Tensor] = []
+    if kept:
+        found = [empty_as(t, t.shape[1]) for t in like]
     q, k, v, y, dy = (computed(t) for t in (q, k, v, y, dy))
     for b in range(q.shape[0]):
         item = q[b], k[b], v[b], y[b], total[b], dy[b], scale
-        if is_exact(v):
-            dk, dv, unit = _exact_gradients(*item, dq[b])
-        else:
-            dk, dv, unit = _gradients(*item, kept[b] if kept else None, dq[b])
+        if kept:
+            _kept_gradients(*item, kept[b], dq[b], found[0][b], found[1][b])
+            continue
+        dk, dv, unit = (_exact_gradients if is_exact(v) else _gradients)(*item, dq[b])
         for n, (gathered, factor) in enumerate(((dk, scale * unit), (dv, unit))):
             if b == 0:
                 # Not before: until then the sums of an item and its map take the memory.
@@ -140,35 +142,91 @@ def _gradients(
     total: Tensor,
     dy: Tensor,
     scale: float,
-    kept: Tensor | None,
     to: Tensor,
 ) -> tuple[_Sum, _Sum, float]:
     """In bfloat16, over rows of all keys; arguments and result are those of :func:`_exact_gradients`."""
-    if kept is None:
-        rows = list(pieces(q.shape[0], rows_at_a_time(k.shape[0], k), EVEN))
-        queries, keys = factors(q, k, scale)
-        keys, bias, unit = first_factor(keys), -(total + ABOVE_TOTAL * LOG_2), 2.0**ABOVE_TOTAL
-        inverse = total.new_full(total.shape, unit)
-    else:
-        rows, unit, inverse = [slice(0, q.shape[0])], 1.0, total.neg().exp_()
-        dy = divided(dy.t(), total.exp(), torch.empty_like(dy).t()).t()
-    dot = dy.mul(y).sum(-1).neg_()
+    rows = list(pieces(q.shape[0], rows_at_a_time(k.shape[0], k), EVEN))
+    queries, keys = factors(q, k, scale)
+    keys, bias, unit = first_factor(keys), -(total + ABOVE_TOTAL * LOG_2), 2.0**ABOVE_TOTAL
+    inverse, dot = total.new_full(total.shape, unit), dy.mul(y).sum(-1).neg_()
     values, k = first_factor(v), centred(k)
     ones = v.new_ones(1, v.shape[0])
     dk, dv = _key_sums(q, dy, [slice(0, k.shape[0])])
     for i in rows:
-        p = exponentials(keys, queries[i], bias[i]) if kept is None else kept
+        p = exponentials(keys, queries[i], bias[i])
         dv.add(0, p, dy[i])
-        ds = product_and("mul", p, values, dy[i], dot[i])
-        # Its sum over keys should be 0, and tells what the rounding of y and of y · dy took.
-        excess = torch.mm(ones, ds).mul_(inverse[i])
-        ds.addcmul_(p, excess, value=-1.0)
+        ds = _logit_gradients(p, values, dy[i], dot[i], ones, inverse[i])
         dk.add(0, ds, q[i])
         dq = _Sum([i], across=True)
         dq.add(0, ds.t(), k)
         del p, ds  # before the next take their memory
         dq.write(to, scale * unit)
     return dk, dv, unit
+
+
+def _kept_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    total: Tensor,
+    dy: Tensor,
+    scale: float,
+    p: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """In bfloat16, of a map that was kept.
+
+    Args:
+        q: (N, C') queries.
+        k: (M, C') keys.
+        v: (M, V) values.
+        y: (N, V), the attended values.
+        total: (N,), the sum of each column of ``p``.
+        dy: (N, V) gradient.
+        scale: The factor on the logits.
+        p: (M, N), the softmax, each column times a factor.
+        dq: (N, C'), where the gradient of the queries is written.
+        dk: (M, C'), likewise.
+        dv: (M, V), likewise.
+    """
+    dy = divided(dy.t(), total, torch.empty_like(dy).t()).t()
+    dot, ones = dy.mul(y).sum(-1).neg_(), v.new_ones(1, v.shape[0])
+    _set_product(dv, p, dy, 1.0)
+    ds = _logit_gradients(p, first_factor(v), dy, dot, ones, total.reciprocal())
+    _set_product(dk, ds, q, scale)
+    _set_product(dq, ds.t(), centred(k), scale)
+
+
+def _logit_gradients(
+    p: Tensor, v: Tensor, dy: Tensor, dot: Tensor, ones: Tensor, inverse: Tensor
+) -> Tensor:
+    """ds = p (dp - Σ p dp) as (M, rows).
+
+    Args:
+        p: (M, rows), the softmax, each column times a factor.
+        v: (M, V) values.
+        dy: (rows, V) gradient.
+        dot: (rows,) -Σ p dp.
+        ones: (1, M).
+        inverse: (rows,), the inverse of the sum of each column of ``p``.
+    """
+    ds = product_and("mul", p, v, dy, dot)
+    # Its sum over keys should be 0, and tells what the rounding of y and of y · dy took.
+    excess = torch.mm(ones, ds).mul_(inverse)
+    return ds.addcmul_(p, excess, value=-1.0)
+
+
+def _set_product(to: Tensor, weights: Tensor, tokens: Tensor, factor: float) -> None:
+    """Set ``to`` to factor · weights tokens, in the order in which it lies in memory."""
+    if to.stride(0) == 1:
+        torch.mm(tokens.t(), weights.t(), out=to.t())
+    else:
+        torch.mm(weights, tokens, out=to)
+    if factor != 1.0:
+        to.mul_(factor)
 
 
 def _key_sums(q: Tensor, dy: Tensor, columns: list[slice]) -> tuple[_Sum, _Sum]:

@@ -99,7 +99,7 @@ def attended(
         has_backward: Whether the second result is wanted; it is empty otherwise.
 
     Returns:
-        (B, N, V) in bfloat16 or float32, and (B, N), each row's logarithm of its sum of exponentials, or of
+        (B, N, V) in bfloat16 or float32, and (B, N), each row's logarithm of its sum of exponentials, or
         its column's sum in ``kept``.
     """
     q, k, v = (computed(t) for t in (q, k, v))
@@ -114,7 +114,7 @@ def attended(
             weights, sums, shift = item.attend(i, y[b, :, i])
             if kept is not None:
                 kept.append(weights.contiguous())
-                torch.log(sums, out=total[b, i])
+                total[b, i] = sums
             elif has_backward:
                 torch.add(sums.log(), shift, out=total[b, i])
             del weights  # before the next take their memory
