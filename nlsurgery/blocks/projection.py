@@ -38,7 +38,9 @@ def goes_by_products(x: Tensor, weight: Tensor) -> bool:
         x: (B, C, *spatial).
         weight: (C', C, 1, …).
     """
-    if not may_go_by_products(x, weight) or x.numel() * weight.shape[0] < MANY_PRODUCTS:
+    if not is_eager() or x.numel() * weight.shape[0] < MANY_PRODUCTS:
+        return False
+    if not may_go_by_products(x, weight):
         return False
     if is_exact(x):
         return x.shape[0] < TORCH_BATCH and torch.get_num_threads() == 1

@@ -113,16 +113,18 @@ def project_together(x: Tensor, *projections: nn.Module, factor: float = 1.0) ->
     Returns:
         One (B, C', *spatial) of each; views of one tensor where they were computed together.
     """
-    if is_eager() and all(is_plain(projection) for projection in projections):
-        layers = [_parameters(projection) for projection in projections]
-        if factor != 1.0 or all(goes_by_products(x, weight) for weight, _ in layers):
-            return pointwise_products(x, layers, factor)
+    if factor != 1.0 or all(_is_multiplied(x, projection) for projection in projections):
+        return pointwise_products(x, [_parameters(p) for p in projections], factor)
     if not _joins(x, projections):
         return tuple(project(projection, x) for projection in projections)
     weights = [cast(Tensor, projection.weight) for projection in projections]
     biases = [cast(Tensor, bias) for p in projections if (bias := p.bias) is not None]
     y = convolve(x, torch.cat(weights), torch.cat(biases) if biases else None)
     return torch.split(y, [weight.shape[0] for weight in weights], dim=1)
+
+
+def _is_multiplied(x: Tensor, projection: nn.Module) -> bool:
+    return is_plain(projection) and goes_by_products(x, cast(Tensor, projection.weight))
 
 
 def _parameters(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
