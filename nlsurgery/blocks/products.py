@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 import platform
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from nlsurgery.blocks.affinity import accumulator
 
@@ -55,14 +55,18 @@ def fuses_bfloat16() -> bool:
 @lru_cache(maxsize=1)
 def multiplies_bfloat16() -> bool:
     """Whether oneDNN's products take bfloat16: not without AVX-512, or where it is told to leave that out."""
-    # Asked for the first time, it may be among fake tensors.
-    with _disable_current_modes():
-        few = torch.ones(1, 8, dtype=torch.bfloat16, device="cpu")
-        bias = torch.zeros(1, device="cpu")
-        try:
-            return bool(product_and("mul", exponentials(few, few, bias), few, few).isfinite())
-        except RuntimeError:
-            return False
+    # In a thread of its own: the first to ask may be recorded, or work with fake tensors.
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_try_bfloat16).result()
+
+
+def _try_bfloat16() -> bool:
+    few = torch.ones(1, 8, dtype=torch.bfloat16, device="cpu")
+    bias = torch.zeros(1, device="cpu")
+    try:
+        return bool(product_and("mul", exponentials(few, few, bias), few, few).isfinite())
+    except RuntimeError:
+        return False
 
 
 def _maker() -> str:

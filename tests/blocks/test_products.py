@@ -148,6 +148,26 @@ def test_what_onednn_multiplies_can_be_asked_among_fake_tensors():
         assert products.multiplies_bfloat16.__wrapped__()
 
 
+@needs_bfloat16
+@pytest.mark.filterwarnings("ignore")
+def test_a_recorded_block_may_be_the_first_to_ask_whether_bfloat16_is_multiplied(
+    onednn, monkeypatch
+):
+    found = []
+
+    def probe() -> bool:
+        found.append(products.multiplies_bfloat16.__wrapped__())
+        return found[-1]
+
+    monkeypatch.setattr(products, "fuses_bfloat16", lambda: not probe())
+    block = NonLocal(16, zero_init=False).bfloat16().eval()
+    x, other = torch.randn(2, 1, 16, 8, 8).bfloat16()
+    traced = torch.jit.trace(block, x)
+    assert found
+    assert all(found)
+    torch.testing.assert_close(traced(other), block(other), rtol=2e-2, atol=2e-2)
+
+
 def test_the_maker_is_read_from_this_machine():
     assert products._maker()
 
