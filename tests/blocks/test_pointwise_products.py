@@ -16,7 +16,7 @@ needs_bfloat16 = pytest.mark.skipif(
 )
 BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_bfloat16)
 #: How far off a value of some rounded ones may be, in norm.
-ERROR = {torch.float32: 1e-6, torch.bfloat16: 2.6e-3}
+ERROR = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 
 
 def error(found: Tensor, exact: Tensor) -> float:
