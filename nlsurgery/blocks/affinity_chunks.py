@@ -186,15 +186,16 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
 
 
 def set_product(total: Tensor, a: Tensor, b: Tensor, factor: float) -> None:
-    """Set ``total`` to factor · a b."""
+    """Set ``total`` to factor · a b, of matrices or batches of them."""
     total, first, second = _in_order(total, a, b)
-    torch.bmm(first, second, out=total)
+    multiply = torch.mm if total.dim() == 2 else torch.bmm
+    multiply(first, second, out=total)
     if factor != 1.0:
         total.mul_(factor)
 
 
 def _in_order(total: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``total``, a and b, or ``total``ᵀ, bᵀ and aᵀ: as ``total`` lies in memory."""
-    if total.stride(1) == 1:
-        return total.transpose(1, 2), b.transpose(1, 2), a.transpose(1, 2)
+    if total.stride(-2) == 1:
+        return total.mT, b.mT, a.mT
     return total, a, b

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from nlsurgery.blocks.affinity_chunks import Workspace, centred, empty_as, pieces
+from nlsurgery.blocks.affinity_chunks import Workspace, centred, empty_as, pieces, set_product
 from nlsurgery.blocks.affinity_fused import is_spread
 from nlsurgery.blocks.affinity_tiles import EVEN, FLOOR
 from nlsurgery.blocks.products import (
@@ -194,10 +194,10 @@ def _kept_gradients(
     """
     dy = divided(dy.t(), total, torch.empty_like(dy).t()).t()
     dot, ones = dy.mul(y).sum(-1).neg_(), v.new_ones(1, v.shape[0])
-    _set_product(dv, p, dy, 1.0)
+    set_product(dv, p, dy, 1.0)
     ds = _logit_gradients(p, first_factor(v), dy, dot, ones, total.reciprocal())
-    _set_product(dk, ds, q, scale)
-    _set_product(dq, ds.t(), centred(k), scale)
+    set_product(dk, ds, q, scale)
+    set_product(dq, ds.t(), centred(k), scale)
 
 
 def _logit_gradients(
@@ -217,16 +217,6 @@ def _logit_gradients(
     # Its sum over keys should be 0, and tells what the rounding of y and of y · dy took.
     excess = torch.mm(ones, ds).mul_(inverse)
     return ds.addcmul_(p, excess, value=-1.0)
-
-
-def _set_product(to: Tensor, weights: Tensor, tokens: Tensor, factor: float) -> None:
-    """Set ``to`` to factor · weights tokens, in the order in which it lies in memory."""
-    if to.stride(0) == 1:
-        torch.mm(tokens.t(), weights.t(), out=to.t())
-    else:
-        torch.mm(weights, tokens, out=to)
-    if factor != 1.0:
-        to.mul_(factor)
 
 
 def _key_sums(q: Tensor, dy: Tensor, columns: list[slice]) -> tuple[_Sum, _Sum]:

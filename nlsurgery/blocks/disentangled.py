@@ -13,13 +13,12 @@ from nlsurgery.blocks.base import ProjectedBlock
 from nlsurgery.blocks.geometry import checked_input, pointwise, reduced, to_tokens
 from nlsurgery.blocks.global_context import pooled_context
 from nlsurgery.blocks.registration import register
-from nlsurgery.blocks.residual import project_together, queries_factor
+from nlsurgery.blocks.residual import project_scaled
 from nlsurgery.errors import BlockError
 
-for _name in ("attend", "checked_input", "pooled_context", "project_together", "queries_factor"):
+for _name in ("attend", "checked_input", "pooled_context", "project_scaled", "softmax_map"):
     torch.fx.wrap(_name)
-for _name in ("softmax_map", "to_tokens"):
-    torch.fx.wrap(_name)
+torch.fx.wrap("to_tokens")
 
 Norm = Literal["bn", "ln", "gn", "none"]
 
@@ -53,11 +52,9 @@ class DisentangledNonLocal(ProjectedBlock):
 
     def attended(self, x: Tensor) -> Tensor:
         """The pairwise and the unary term."""
-        layers = self.theta, self.phi, self.g
-        factor = queries_factor(x, self.scale, *layers)
-        q, k, v = project_together(x, *layers, factor=factor)
+        (q, k, v), scale = project_scaled(x, self.scale, self.theta, self.phi, self.g)
         q, k = self._whitened(q), self._whitened(k)
-        pairwise = attend(q, k, v, "embedded_gaussian", self.scale / factor, "auto")
+        pairwise = attend(q, k, v, "embedded_gaussian", scale, "auto")
         return pairwise + pooled_context(v, self.conv_mask(x))
 
     def attention(self, x: Tensor) -> Tensor:

@@ -20,12 +20,12 @@ from nlsurgery.blocks.geometry import (
 )
 from nlsurgery.blocks.linear_attention import checked_heads
 from nlsurgery.blocks.registration import register
-from nlsurgery.blocks.residual import project_together, queries_factor
+from nlsurgery.blocks.residual import project_scaled
 from nlsurgery.errors import BlockError
 
-for _name in ("checked_input", "pool_keys", "project_together", "queries_factor"):
+for _name in ("checked_input", "pool_keys", "project_scaled", "softmax_map"):
     torch.fx.wrap(_name)
-for _name in ("softmax_map", "to_map", "to_tokens"):
+for _name in ("to_map", "to_tokens"):
     torch.fx.wrap(_name)
 
 Norm = Literal["bn", "ln", "gn", "none"]
@@ -89,11 +89,8 @@ class MultiHeadNonLocal(ProjectedBlock):
 
     def attended(self, x: Tensor) -> Tensor:
         """All heads' values, side by side."""
-        layers = self.theta, self.phi, self.g
-        factor = queries_factor(x, self.scale, *layers)
-        q, k, v = project_together(x, *layers, factor=factor)
-        k, v = self._pooled(k), self._pooled(v)
-        return multi_head(q, k, v, self.heads, self.scale / factor)
+        (q, k, v), scale = project_scaled(x, self.scale, self.theta, self.phi, self.g)
+        return multi_head(q, self._pooled(k), self._pooled(v), self.heads, scale)
 
     def attention(self, x: Tensor) -> Tensor:
         """The mean of the heads' maps of (B, C, *spatial): (B, N, M), rows sum to 1."""

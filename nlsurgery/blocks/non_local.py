@@ -32,8 +32,8 @@ from nlsurgery.blocks.registration import register
 from nlsurgery.blocks.residual import (
     add_projected,
     project,
+    project_scaled,
     project_together,
-    queries_factor,
 )
 from nlsurgery.errors import BlockError
 
@@ -44,8 +44,8 @@ for _name in (
     "logit_parts",
     "pool_keys",
     "project",
+    "project_scaled",
     "project_together",
-    "queries_factor",
     "scalar_sum_map",
 ):
     torch.fx.wrap(_name)
@@ -237,14 +237,11 @@ class NonLocal(nn.Module):
         """
         early = self._pooled(x, "before_conv")
         if self.mode in ("embedded_gaussian", "dot_product"):
-            layers = self.theta, self.phi, self.g
-            factor = queries_factor(x, self.scale, *layers)
             if early is x:
-                q, k, v = project_together(x, *layers, factor=factor)
+                (q, k, v), scale = project_scaled(x, self.scale, self.theta, self.phi, self.g)
             else:
-                (q,) = project_together(x, self.theta, factor=factor)
+                (q,), scale = project_scaled(x, self.scale, self.theta)
                 k, v = project_together(early, self.phi, self.g)
-            scale = self.scale / factor
             return q, self._pooled(k, "after_conv"), self._pooled(v, "after_conv"), scale
         v = self._pooled(project(self.g, early), "after_conv")
         if self.mode == "gaussian":

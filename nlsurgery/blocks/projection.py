@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nlsurgery.blocks import products
-from nlsurgery.blocks.affinity import differentiable_gradients
+from nlsurgery.blocks.affinity import differentiable_gradients, scaled
 from nlsurgery.blocks.geometry import is_eager, working_dtype
 from nlsurgery.blocks.products import is_exact, product, product_and
 
@@ -118,10 +118,10 @@ class _Pointwise(torch.autograd.Function):
             if needed[0]:
                 gradients[0] = _added(gradients[0], dy, weight.t(), factor)
             if needed[2 * n + 1]:
-                gradients[2 * n + 1] = _scaled(_weight_gradient(dy, x), factor)
+                gradients[2 * n + 1] = _scale_(_weight_gradient(dy, x), factor)
             if needed[2 * n + 2]:
                 positions = (0, 2) if dy.dim() == 3 else 0
-                gradients[2 * n + 2] = _scaled(dy.sum(positions), factor)
+                gradients[2 * n + 2] = _scale_(dy.sum(positions), factor)
         return gradients[0], None, *gradients[1:]
 
 
@@ -142,11 +142,11 @@ def _mapped(x: Tensor, weight: Tensor, bias: Tensor | None, factor: float) -> Te
     """factor · (W x + bias)."""
     if is_exact(x):
         if x.dim() == 2:
-            return _scaled(product(x, weight, bias), factor)
+            return _scale_(product(x, weight, bias), factor)
         y = _stacked([product(weight, item.t()) for item in x])
-        return _scaled(y if bias is None else y.add_(bias.unsqueeze(1)), factor)
+        return _scale_(y if bias is None else y.add_(bias.unsqueeze(1)), factor)
     # The sum and the factor are part of the product.
-    start = weight.new_zeros(1) if bias is None else _times(bias, factor)
+    start = weight.new_zeros(1) if bias is None else scaled(bias, factor)
     if x.dim() == 2:
         return torch.addmm(start, x, weight.t(), alpha=factor)
     start = start.unsqueeze(1)
@@ -160,7 +160,7 @@ def _added(total: Tensor | None, x: Tensor, weight: Tensor, factor: float) -> Te
     if total is None:
         return _mapped(x, weight, None, factor)
     if is_exact(x):
-        x = _times(x, factor)
+        x = scaled(x, factor)
         if x.dim() == 2:
             return product_and("add", total, x, weight)
         pairs = zip(total, x, strict=True)
@@ -200,9 +200,5 @@ def _repeated(weight: Tensor, x: Tensor) -> Tensor:
     return weight.contiguous().expand(x.shape[0], -1, -1)
 
 
-def _times(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1.0 else x * factor
-
-
-def _scaled(x: Tensor, factor: float) -> Tensor:
+def _scale_(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1.0 else x.mul_(factor)

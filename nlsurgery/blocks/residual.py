@@ -78,8 +78,27 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
 
 
 @torch.fx.wrap
+def project_scaled(
+    x: Tensor, scale: float, *projections: nn.Module
+) -> tuple[tuple[Tensor, ...], float]:
+    """:func:`project_together` queries and what else is projected, the queries scaled where that is better.
+
+    Args:
+        x: (B, C, *spatial).
+        scale: The factor on the logits.
+        projections: The modules, that of the queries first.
+
+    Returns:
+        One (B, C', *spatial) of each, and the factor on the logits that is left.
+    """
+    factor = queries_factor(x, scale, *projections)
+    if factor == 1.0:
+        return project_together(x, *projections), scale
+    return pointwise_products(x, [_parameters(p) for p in projections], factor), scale / factor
+
+
 def queries_factor(x: Tensor, scale: float, *projections: nn.Module) -> float:
-    """The part of the factor on the logits that :func:`project_together` is to give the queries.
+    """The part of the factor on the logits that :func:`project_scaled` gives the queries.
 
     That is all of it where scaled queries would be rounded twice otherwise, or logits be formed by two
     products: in bfloat16 by oneDNN, for a factor that is no power of two. Elsewhere it is 1.
@@ -99,7 +118,7 @@ def queries_factor(x: Tensor, scale: float, *projections: nn.Module) -> float:
 
 
 @torch.fx.wrap
-def project_together(x: Tensor, *projections: nn.Module, factor: float = 1.0) -> tuple[Tensor, ...]:
+def project_together(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
     """Several 1×1 convolutions of one input, as one where that is faster: x is read once.
 
     It is not where the weights are as large as the input, nor in float32 where the channels of a
@@ -108,13 +127,12 @@ def project_together(x: Tensor, *projections: nn.Module, factor: float = 1.0) ->
     Args:
         x: (B, C, *spatial).
         projections: The modules.
-        factor: What the first's result is multiplied with, as :func:`queries_factor` tells it.
 
     Returns:
         One (B, C', *spatial) of each; views of one tensor where they were computed together.
     """
-    if factor != 1.0 or all(_is_multiplied(x, projection) for projection in projections):
-        return pointwise_products(x, [_parameters(p) for p in projections], factor)
+    if all(_is_multiplied(x, projection) for projection in projections):
+        return pointwise_products(x, [_parameters(p) for p in projections])
     if not _joins(x, projections):
         return tuple(project(projection, x) for projection in projections)
     weights = [cast(Tensor, projection.weight) for projection in projections]
