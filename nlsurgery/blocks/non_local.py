@@ -245,6 +245,7 @@ class NonLocal(nn.Module):
             return q, self._pooled(k, "after_conv"), self._pooled(v, "after_conv"), scale
         v = self._pooled(project(self.g, early), "after_conv")
         if self.mode == "gaussian":
+            x = x.to(v.dtype)  # under autocast
             return x, pool_keys(x) if self.sub_sample else x, v, self.scale
         weight = cast(Tensor, self.concat_project.weight)
         if not self.sub_sample:
