@@ -7,6 +7,7 @@ logits, taken of its float32 sums before they are rounded. ``affinity_row_gradie
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from nlsurgery.blocks.products import (
     product,
 )
 
+#: The sizes of the queries' map, and of the keys' map.
+Grids = tuple[Sequence[int], Sequence[int]]
 #: What is subtracted from a bfloat16 row's logits first: its largest one may lie anywhere from -5 to 52.
 SHIFT = 60.0
 #: Above this sum of exponentials less the shift they may be off, by a share of as much as the sum.
@@ -39,7 +42,15 @@ CAST = 1 << 20
 NEAR = 60.0
 
 
-def row_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, *, keep: bool = False) -> Tensor:
+def row_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    keep: bool = False,
+    grids: Grids | None = None,
+) -> Tensor:
     """Σ_j softmax_j(scale · q_i · k_j) v_j over rows of the map, without autocast.
 
     Args:
@@ -48,21 +59,31 @@ def row_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, *, keep: bool = Fa
         v: (B, M, V) values.
         scale: The factor on the logits.
         keep: Whether a bfloat16 map is kept for backward, not formed again.
+        grids: Where a query's largest logit is likely that of the key at its place.
 
     Returns:
         (B, N, V) in the dtype of ``v``.
     """
     has_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    return _Rows.apply(q, k, v, scale, has_backward, keep)  # type: ignore[no-any-return]
+    return _Rows.apply(q, k, v, scale, has_backward, keep, grids)  # type: ignore[no-any-return]
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, has_backward: bool, keep: bool
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        has_backward: bool,
+        keep: bool,
+        grids: Grids | None,
     ) -> Tensor:
         kept: list[Tensor] | None = [] if has_backward and keep and not is_exact(v) else None
-        y, total = attended(q, k, v, scale, kept, whole=keep, has_backward=has_backward)
+        y, total = attended(
+            q, k, v, scale, kept, whole=keep, has_backward=has_backward, grids=grids
+        )
         if has_backward:
             ctx.save_for_backward(q, k, v, y, total, *(kept or ()))
             ctx.scale = scale
@@ -72,9 +93,9 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         q, k, v, y, total, *kept = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *softmax_gradients(q, k, v, ctx.scale, dy), None, None, None
+            return *softmax_gradients(q, k, v, ctx.scale, dy), None, None, None, None
         found = row_gradients(q, k, v, y, total, dy, ctx.scale, kept)
-        return *found, None, None, None
+        return *found, None, None, None, None
 
 
 def attended(
@@ -86,6 +107,7 @@ def attended(
     *,
     whole: bool = False,
     has_backward: bool = True,
+    grids: Grids | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to values without a graph.
 
@@ -97,6 +119,7 @@ def attended(
         kept: Where the softmax of each batch item is added to, as (M, N), each column times a factor.
         whole: Whether all queries go at a time, as ``kept`` wants it.
         has_backward: Whether the second result is wanted; it is empty otherwise.
+        grids: Where a query's largest logit is likely that of the key at its place.
 
     Returns:
         (B, N, V) in bfloat16 or float32, and (B, N), each row's logarithm of its sum of exponentials, or
@@ -106,10 +129,10 @@ def attended(
     y = v.new_empty(q.shape[0], v.shape[2], q.shape[1])
     total = q.new_empty(q.shape[0], q.shape[1] if has_backward else 0, dtype=torch.float32)
     rows = q.shape[1] if whole else rows_at_a_time(k.shape[1], v)
-    # Vectors times themselves are large.
-    is_narrow = q.data_ptr() != k.data_ptr()
+    places = None if grids is None or is_exact(v) else at_places(*grids, q.device)
+    is_narrow = True
     for b in range(q.shape[0]):
-        item = _Item(q[b], k[b], v[b], scale, is_narrow=is_narrow)
+        item = _Item(q[b], k[b], v[b], scale, places, is_narrow=is_narrow)
         for i in pieces(q.shape[1], rows):
             weights, sums, shift = item.attend(i, y[b, :, i])
             if kept is not None:
@@ -130,15 +153,29 @@ class _Item:
         k: (M, C') keys.
         v: (M, V) values.
         scale: The factor on the logits.
-        is_narrow: Whether most bfloat16 rows are thought to have their largest logit not far from 0.
+        places: (N,), for each bfloat16 query a key whose logit is likely its largest one, if that is known.
+        is_narrow: Whether most bfloat16 rows are thought to have their largest logit not far from that one,
+            or from 0.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, scale: float, *, is_narrow: bool) -> None:
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float,
+        places: Tensor | None,
+        *,
+        is_narrow: bool,
+    ) -> None:
         self.q, self.k, self.values, self.scale = q, k, v.t(), scale
         self.is_narrow, self.is_exact = is_narrow, is_exact(v)
         if not self.is_exact:
             self.queries, keys = factors(q, k, scale)
             self.keys = first_factor(keys)
+            self.shift = self.queries.new_full(q.shape[:1], SHIFT, dtype=torch.float32)
+            if places is not None and is_narrow:
+                self.shift.add_(_logits_at(places, q, k), alpha=scale)
 
     def attend(self, i: slice, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Attend to the values.
@@ -162,10 +199,7 @@ class _Item:
     def _in_product(self, i: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Exponentials as part of the product; what :meth:`attend` returns."""
         queries = self.queries[i]
-        if self.is_narrow:
-            shift = queries.new_full(queries.shape[:1], SHIFT, dtype=torch.float32)
-        else:
-            shift = self._above_peak(queries)
+        shift = self.shift[i] if self.is_narrow else self._above_peak(queries)
         # Keys come first: what is subtracted from a query's logits is a bias of its column.
         p = exponentials(self.keys, queries, -shift)
         sums = _sums(p)
@@ -195,6 +229,33 @@ class _Item:
             # The sum is of what is multiplied.
             p.copy_(weights)
         return weights.t(), p.sum(-1), shift.squeeze(1).mul_(LOG_2)
+
+
+def at_places(spatial: Sequence[int], key_sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Which key of a pooled map lies where a query does.
+
+    Args:
+        spatial: The sizes of the queries' map.
+        key_sizes: The sizes of the keys' map, as many.
+        device: Where the result lies.
+
+    Returns:
+        (N,), in each size the place of a query divided by how many share a key.
+    """
+    places = torch.zeros(1, dtype=torch.int64, device=device)
+    for size, keys in zip(spatial, key_sizes, strict=True):
+        # What is left over at the end of an odd size has been pooled into no key.
+        along = torch.arange(size, device=device).div_(size // keys, rounding_mode="floor")
+        places = (places.unsqueeze(1) * keys + along.clamp_(max=keys - 1)).flatten()
+    return places
+
+
+def _logits_at(places: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """The rounded logit of each query (N, C') with its key of (M, C'), (N,)."""
+    if places.shape[0] != k.shape[0]:
+        # Copied in the order in which keys lie.
+        k = k.t().index_select(1, places).t() if k.stride(0) == 1 else k[places]
+    return (q * k).sum(1)
 
 
 def to_powers(logits: Tensor) -> Tensor:

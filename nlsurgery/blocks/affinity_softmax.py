@@ -16,7 +16,7 @@ from nlsurgery.blocks.affinity import accumulator, without_autocast
 from nlsurgery.blocks.affinity_explicit import explicit_attend
 from nlsurgery.blocks.affinity_fused import fused_attend
 from nlsurgery.blocks.affinity_operator import is_small, operator_attend, takes_operator
-from nlsurgery.blocks.affinity_rows import row_attend
+from nlsurgery.blocks.affinity_rows import Grids, row_attend
 from nlsurgery.blocks.affinity_tiles import tiled_attend
 from nlsurgery.blocks.geometry import is_eager, takes_plain_operators
 
@@ -30,7 +30,9 @@ DENORMAL = (90.0, 15.0)
 NOTICEABLE = 5e-4
 
 
-def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> Tensor:
+def softmax_attend(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, form: str, grids: Grids | None = None
+) -> Tensor:
     """Σ_j softmax_j(scale · q_i · k_j) v_j.
 
     Args:
@@ -39,20 +41,22 @@ def softmax_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> 
         v: (B, M, V) values.
         scale: The factor on the logits.
         form: ``explicit``, ``fused`` or ``chunked``, or in a graph ``auto``.
+        grids: The sizes of the queries' and the keys' map, where a query's largest logit is likely that of
+            the key at its place.
 
     Returns:
         (B, N, V) in the dtype of ``v``.
     """
     with without_autocast(q):
         if form == "explicit" or takes_plain_operators():
-            return explicit_attend(q, k, v, scale)
+            return explicit_attend(q, k, v, scale, grids)
         if form in ("auto", "fused") or not is_eager():
             query, key, value = (tokens.unsqueeze(1) for tokens in (q, k, v))
             if takes_operator(q):
                 return operator_attend(query, key, value, scale, form).squeeze(1)
             return fused_attend(query, key, value, scale).squeeze(1)
         if products.are_by_onednn(q.dtype, q.device.type):
-            return row_attend(q, k, v, scale)
+            return row_attend(q, k, v, scale, grids=grids)
         return tiled_attend(q, k, v, scale)
 
 

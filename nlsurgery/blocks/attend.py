@@ -97,7 +97,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, implementat
     elif mode == "concatenation":
         y = concatenation_attend(queries.squeeze(2), keys.squeeze(2), values, form)
     else:
-        y = softmax_attend(queries, keys, values, scale, form)
+        # A position is most like itself, or what it was pooled into.
+        grids = (q.shape[2:], k.shape[2:]) if mode == "gaussian" else None
+        y = softmax_attend(queries, keys, values, scale, form, grids)
     return to_map(y, q.shape[2:])
 
 

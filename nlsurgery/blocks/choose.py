@@ -29,6 +29,9 @@ FUSED_CHANNELS = 128
 SMALL_MAPS = 1 << 18
 #: Up to so many keys, a bfloat16 map on a CPU is formed by plain operations.
 SMALL_MAP = 128
+#: Logits of a batch item up to which items go together where each would go by oneDNN's products alone, by
+#: whether they are bfloat16.
+SMALL_ITEM = {False: 1 << 16, True: 1 << 18}
 #: Multiplications in a map's logits from which on they go by oneDNN, one batch item at a time.
 ONEDNN_PRODUCT = 1 << 23
 #: What a graph is made with: a choice by size would fix the sizes of a dynamic one.
@@ -122,12 +125,12 @@ def _by_onednn(
     value_size: int,
     dtype: torch.dtype,
 ) -> str:
-    logits = batch * num_queries * num_keys
-    if dtype == torch.bfloat16:
-        # To keep the map saves backward a product, and weighs half as much as in float32.
-        small = fits(num_keys, value_size) or logits <= 4 * SMALL_MAPS
-    else:
-        small = fits(num_keys, value_size) or logits <= SMALL_MAPS
+    narrow = dtype == torch.bfloat16
+    small = num_queries * num_keys < SMALL_ITEM[narrow]
+    # To keep a bfloat16 map saves backward a product, and weighs half as much as in float32.
+    limit = 4 * SMALL_MAPS if narrow else SMALL_MAPS
+    small = small or fits(num_keys, value_size) or batch * num_queries * num_keys <= limit
+    if not narrow:
         small = small and num_queries * num_keys * head_size < ONEDNN_PRODUCT
     return "explicit" if small else "chunked"
 

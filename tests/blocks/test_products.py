@@ -20,9 +20,11 @@ from nlsurgery.blocks import (
     products,
 )
 from nlsurgery.blocks.affinity_explicit import explicit_attend
-from nlsurgery.blocks.affinity_rows import row_attend
+from nlsurgery.blocks.affinity_rows import at_places, row_attend
 from nlsurgery.blocks.affinity_softmax import has_denormal_weights, softmax_attend
+from nlsurgery.blocks.attend import attend
 from nlsurgery.blocks.choose import choose_implementation, without_denormals
+from nlsurgery.blocks.geometry import CHANNELS_LAST, pool_keys
 from nlsurgery.blocks.products import exponentials, factors, product, product_and
 
 needs_bfloat16 = pytest.mark.skipif(
@@ -203,6 +205,10 @@ def test_onednn_turned_off_is_not_used():
         (torch.bfloat16, 1, 784, 64, "explicit"),
         (torch.bfloat16, 8, 784, 256, "explicit"),
         (torch.bfloat16, 8, 784, 64, "chunked"),
+        (torch.float32, 64, 196, 16, "explicit"),
+        (torch.float32, 64, 324, 16, "chunked"),
+        (torch.bfloat16, 64, 484, 16, "explicit"),
+        (torch.bfloat16, 64, 576, 16, "chunked"),
         (torch.bfloat16, 1, 3136, 128, "chunked"),
     ],
 )
@@ -369,6 +375,52 @@ def test_every_layout(monkeypatch, last, many, keep):
         found, reference(*made, 0.7), (3e-3, 5e-3, 5e-3, 5e-3), strict=True
     ):
         assert error(one, other) < limit
+
+
+@pytest.mark.parametrize("spatial", [(9,), (8, 6), (7, 5), (3, 1), (2, 5, 4), (1, 1)], ids=str)
+def test_which_key_lies_where_a_query_does(spatial):
+    key_sizes = pool_keys(torch.zeros(1, 1, *spatial)).shape[2:]
+    places = at_places(spatial, key_sizes, torch.device("cpu"))
+    of_each = places.view(1, 1, *spatial).float()
+    # The largest and the smallest number among what is pooled into a key are both that key's.
+    expected = torch.arange(key_sizes.numel()).view(1, 1, *key_sizes).float()
+    assert torch.equal(pool_keys(of_each), expected)
+    assert torch.equal(-pool_keys(-of_each), expected)
+
+
+@needs_bfloat16
+@pytest.mark.usefixtures("onednn", "small")
+@pytest.mark.parametrize("implementation", ["explicit", "chunked"])
+@pytest.mark.parametrize("last", [True, False], ids=["channels last", "channels first"])
+@pytest.mark.parametrize("sub_sample", [True, False])
+@pytest.mark.parametrize("spatial", [(300,), (17, 18), (3, 11, 10)], ids=str)
+def test_vectors_times_themselves(monkeypatch, spatial, sub_sample, last, implementation):
+    monkeypatch.setattr(affinity_explicit, "ITEM_LOGITS", 0)
+    # Logits of around 100, spread by a few, and 5 more with themselves.
+    dims = len(spatial)
+    shared = 0.5 * torch.randn(2, 400, *[1] * dims)
+    x = torch.randn(2, 400, *spatial).mul(0.12).add(shared).bfloat16()
+    if last and dims > 1:
+        x = x.to(memory_format=CHANNELS_LAST[dims + 2])
+    pooled = pool_keys(x) if sub_sample else x
+    v = torch.randn_like(pooled[:, :24])
+    dy = torch.randn_like(x[:, :24])
+    peaks = counted(monkeypatch, affinity_rows._Item, "_above_peak")
+    passes = counted(monkeypatch, affinity_rows._Item, "_passes")
+    tried = counted(monkeypatch, affinity_rows, "exponentials")
+
+    def branch(x: Tensor, form: str) -> list[Tensor]:
+        x = x.detach().requires_grad_()
+        values = v.to(x.dtype).requires_grad_()
+        y = attend(x, pool_keys(x) if sub_sample else x, values, "gaussian", 1.0, form)
+        return [y, *torch.autograd.grad(y, (x, values), dy.to(x.dtype))]
+
+    found = branch(x, implementation)
+    assert tried
+    assert not peaks
+    assert sum(taken.shape[0] for taken in passes) < 0.05 * 2 * x[0, 0].numel()
+    for one, other in zip(found, branch(x.double(), "explicit"), strict=True):
+        assert error(one, other) < (3.5e-3 if one is found[0] else 1e-2)
 
 
 FORMS = {

@@ -81,9 +81,9 @@ def forms(monkeypatch):
     """The forms that ``attend`` takes."""
     taken: list[str] = []
 
-    def spy(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> Tensor:
+    def spy(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str, *grids) -> Tensor:
         taken.append(form)
-        return softmax_attend(q, k, v, scale, form)
+        return softmax_attend(q, k, v, scale, form, *grids)
 
     monkeypatch.setattr(attend_module, "softmax_attend", spy)
     return taken
