@@ -17,8 +17,8 @@ _softmax_backward = torch.ops.aten._softmax_backward_data.out
 CHUNK_BYTES = 16 << 20
 #: Values of a lower precision that are added to a sum at a time.
 ADDED_VALUES = 1 << 20
-#: Where the middle of a key channel is off 0 by more than this share of its range, it is subtracted.
-ASIDE = 0.125
+#: A key channel's mean is subtracted where its square is more than this share of the mean square.
+ASIDE = 0.4
 
 
 def pieces(count: int, size: int, multiple: int = 1) -> Iterator[slice]:
@@ -144,16 +144,15 @@ def across(tokens: Tensor) -> Tensor:
 
 
 def centred(k: Tensor) -> Tensor:
-    """Keys (…, M, C') less the middle of those channels whose values lie to one side of 0.
+    """Keys (…, M, C') less the mean of those channels whose values lie to one side of 0.
 
     The gradients of a query's logits sum to 0, but for rounding, which what keys share would multiply.
     """
-    if k.shape[-2] == 0:
-        return k
-    low, high = k.amin(-2, keepdim=True), k.amax(-2, keepdim=True)
-    middle = (low + high) / 2
-    is_aside = middle.abs() > ASIDE * (high - low)
-    return k - torch.where(is_aside, middle, 0) if bool(is_aside.any()) else k
+    count = k.shape[-2]
+    # Sums: to find the least and the largest takes six times as long.
+    total = k.sum(-2, keepdim=True)
+    is_aside = total.square() > ASIDE * count * k.square().sum(-2, keepdim=True)
+    return k - torch.where(is_aside, total / count, 0) if bool(is_aside.any()) else k
 
 
 def empty_as(tokens: Tensor, count: int) -> Tensor:

@@ -31,7 +31,7 @@ SMALL_MAPS = 1 << 18
 SMALL_MAP = 128
 #: Logits of a batch item up to which items go together where each would go by oneDNN's products alone, by
 #: whether they are bfloat16.
-SMALL_ITEM = {False: 1 << 16, True: 1 << 18}
+SMALL_ITEM = {False: 1 << 16, True: 1 << 19}
 #: Multiplications in a map's logits from which on they go by oneDNN, one batch item at a time.
 ONEDNN_PRODUCT = 1 << 23
 #: What a graph is made with: a choice by size would fix the sizes of a dynamic one.
