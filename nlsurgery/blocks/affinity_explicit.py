@@ -25,10 +25,9 @@ from nlsurgery.blocks.products import LOG_2
 #: From so many logits on a function of our own is faster than plain operations on a CPU: where there is
 #: a backward, and where there is none.
 OWN_LOGITS, OWN_LOGITS_FORWARD = 1 << 18, 1 << 22
-#: The same where bfloat16 is multiplied four times as fast as float32, but not by fused attention.
-OWN_LOGITS_BFLOAT16 = 1 << 17
-#: Multiplications in fewer of them from which on it is faster as well.
-OWN_PRODUCT_BFLOAT16 = 6 << 20
+#: The same where bfloat16 is multiplied four times as fast as float32, but not by fused attention: logits, or
+#: multiplications in fewer of them.
+OWN_LOGITS_BFLOAT16, OWN_PRODUCTS_BFLOAT16 = 1 << 17, 6 << 20
 #: Logits of an item from which on it goes by itself (``affinity_rows.py``), in bfloat16: where there is a
 #: backward, and where there is none.
 ITEM_LOGITS, ITEM_LOGITS_FORWARD = 1 << 19, 1 << 18
@@ -65,11 +64,9 @@ def _is_plain(q: Tensor, k: Tensor, has_backward: bool) -> bool:
     if q.device.type != "cpu" or not is_eager():
         return True
     logits = q.shape[0] * q.shape[1] * k.shape[1]
-    if not _keeps_bfloat16(q):
-        return logits < (OWN_LOGITS if has_backward else OWN_LOGITS_FORWARD)
-    if _goes_by_rows(q, k, has_backward):
-        return False
-    return logits < OWN_LOGITS_BFLOAT16 and logits * q.shape[2] < OWN_PRODUCT_BFLOAT16
+    if _keeps_bfloat16(q):
+        return logits < OWN_LOGITS_BFLOAT16 and logits * q.shape[2] < OWN_PRODUCTS_BFLOAT16
+    return logits < (OWN_LOGITS if has_backward else OWN_LOGITS_FORWARD)
 
 
 def _goes_by_rows(q: Tensor, k: Tensor, has_backward: bool) -> bool:

@@ -20,6 +20,7 @@ from nlsurgery.blocks.memory_format import to_format_of
 from nlsurgery.blocks.norms import BatchNorm
 from nlsurgery.blocks.products import is_power_of_two
 from nlsurgery.blocks.projection import (
+    MANY_PRODUCTS,
     goes_by_products,
     may_go_by_products,
     pointwise_products,
@@ -33,6 +34,8 @@ DENSE_VALUES = 1 << 14
 #: torch's CPU convolutions take long to begin.
 MANY_POSITIONS = 1024
 MANY_POSITIONS_BFLOAT16 = 128
+#: Positions and multiplications up to which convolutions are called as they are.
+FEW_POSITIONS, FEW_PRODUCTS = MANY_POSITIONS_BFLOAT16, MANY_PRODUCTS
 #: From so many positions on logits are not formed by passes, which would scale them at no cost.
 SCALED_POSITIONS = 512
 #: Weights of so many values in all are joined only for as many positions as the input has channels.
@@ -68,7 +71,7 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
     Returns:
         (B, C', *spatial) in the memory format of ``x``.
     """
-    if is_plain(projection):
+    if not _is_small(x, projection) and is_plain(projection):
         weight, bias = _parameters(projection)
         if x.dim() == 5:
             return convolve(x, weight, bias)
@@ -131,6 +134,8 @@ def project_together(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
     Returns:
         One (B, C', *spatial) of each; views of one tensor where they were computed together.
     """
+    if _is_small(x, *projections):
+        return tuple(projection(x) for projection in projections)
     if all(_is_multiplied(x, projection) for projection in projections):
         return pointwise_products(x, [_parameters(p) for p in projections])
     if not _joins(x, projections):
@@ -139,6 +144,14 @@ def project_together(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
     biases = [cast(Tensor, bias) for p in projections if (bias := p.bias) is not None]
     y = convolve(x, torch.cat(weights), torch.cat(biases) if biases else None)
     return torch.split(y, [weight.shape[0] for weight in weights], dim=1)
+
+
+def _is_small(x: Tensor, *projections: nn.Module) -> bool:
+    """Whether to ask how to compute convolutions takes longer than a better way could save."""
+    if not is_eager() or x.device.type != "cpu" or x.numel() >= FEW_POSITIONS * x.shape[1]:
+        return False
+    products = [x.numel() * getattr(p, "out_channels", FEW_PRODUCTS) for p in projections]
+    return max(products) < FEW_PRODUCTS
 
 
 def _is_multiplied(x: Tensor, projection: nn.Module) -> bool:

@@ -17,6 +17,7 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 def _small_maps_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residual, "MANY_POSITIONS", 1)
     monkeypatch.setattr(residual, "MANY_POSITIONS_BFLOAT16", 1)
+    monkeypatch.setattr(residual, "FEW_POSITIONS", 0)
 
 
 def layers(dims: int, biases: tuple[bool, ...] = (True, True, True)) -> list[nn.Module]:
@@ -116,3 +117,23 @@ def test_the_norm_gets_a_gradient_that_lies_as_its_input_does(
     block.bn.register_full_backward_hook(lambda _module, _inputs, outputs: seen.extend(outputs))
     block(x).sum().backward()
     assert seen[0].stride() == seen[1].stride()
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_small_projections_are_called(monkeypatch: pytest.MonkeyPatch, dims: int) -> None:
+    monkeypatch.setattr(residual, "FEW_POSITIONS", 26)
+    projections = layers(dims)
+    called: list[nn.Module] = []
+    for projection in projections:
+        projection.forward = lambda x, p=projection: called.append(p) or type(p).forward(p, x)
+    spatial = {1: (25,), 2: (5, 5), 3: (1, 5, 5)}[dims]
+    x = torch.randn(1, 8, *spatial)
+    for y, projection in zip(project_together(x, *projections), projections, strict=True):
+        assert torch.equal(y, type(projection).forward(projection, x))
+    assert called == projections
+    # A replaced ``forward`` would be called in any case: here nothing else is asked.
+    monkeypatch.setattr(residual, "is_plain", None)
+    project_together(x, *projections)
+    monkeypatch.setattr(residual, "FEW_PRODUCTS", x.numel() * 10)
+    with pytest.raises(TypeError):
+        project_together(x, *projections)
