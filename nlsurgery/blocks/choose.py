@@ -32,8 +32,9 @@ SMALL_MAP = 128
 #: Logits of a batch item up to which items go together where each would go by oneDNN's products alone, by
 #: whether they are bfloat16.
 SMALL_ITEM = {False: 1 << 16, True: 1 << 19}
-#: Multiplications in a map's logits from which on they go by oneDNN, one batch item at a time.
-ONEDNN_PRODUCT = 1 << 23
+#: Multiplications in a map's logits from which on they go by oneDNN, one batch item at a time, by whether
+#: there are several threads: items of a batch can go to one each.
+ONEDNN_PRODUCT = {False: 1 << 23, True: 1 << 24}
 #: What a graph is made with: a choice by size would fix the sizes of a dynamic one.
 _TRACED = {
     "gaussian": "fused",
@@ -131,7 +132,8 @@ def _by_onednn(
     limit = 4 * SMALL_MAPS if narrow else SMALL_MAPS
     small = small or fits(num_keys, value_size) or batch * num_queries * num_keys <= limit
     if not narrow:
-        small = small and num_queries * num_keys * head_size < ONEDNN_PRODUCT
+        several = torch.get_num_threads() > 1
+        small = small and num_queries * num_keys * head_size < ONEDNN_PRODUCT[several]
     return "explicit" if small else "chunked"
 
 
