@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nlsurgery.blocks.geometry import is_compiled
+
 #: The four pairwise functions of the paper.
 MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 #: The two whose normaliser is Σ_j f, hence a softmax over j.
@@ -92,11 +94,12 @@ def dot_product_map(q: Tensor, k: Tensor) -> Tensor:
 def apply_map(attention: Tensor, v: Tensor) -> Tensor:
     """Σ_j attention_ij v_j, of (B, N, M) and (B, M, C'): (B, N, C') in the dtype of ``v``.
 
-    The result lies in memory as ``v`` does: tokens or channels first.
+    The result lies in memory as ``v`` does, tokens or channels first, but in a compiled graph.
     """
     with without_autocast(v):
         values = v if v.dtype == attention.dtype else v.to(attention.dtype)
-        if values.stride(1) == 1:
+        # A graph's backward would copy the map's gradient into the other order.
+        if values.stride(1) == 1 and not is_compiled():
             y = torch.bmm(values.transpose(1, 2), attention.transpose(1, 2)).transpose(1, 2)
         else:
             y = torch.bmm(attention, values)

@@ -19,7 +19,7 @@ from nlsurgery.blocks.affinity_chunks import (
     set_product,
 )
 from nlsurgery.blocks.affinity_rows import Grids, row_attend, to_powers
-from nlsurgery.blocks.geometry import is_eager
+from nlsurgery.blocks.geometry import is_compiled, is_eager
 from nlsurgery.blocks.products import LOG_2
 
 #: From so many logits on a function of our own is faster than plain operations on a CPU: where there is
@@ -54,7 +54,9 @@ def explicit_attend(
     """
     has_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if _is_plain(q, k, has_backward):
-        return apply_map(softmax_map(q, k, scale), v)
+        rounds = is_compiled() and q.device.type == "cpu" and _keeps_bfloat16(q)
+        attention = _rounded_map(q, k, scale) if rounds else softmax_map(q, k, scale)
+        return apply_map(attention, v)
     if _goes_by_rows(q, k, has_backward):
         return row_attend(q, k, v, scale, keep=True, grids=grids)
     return _Explicit.apply(q, k, v, scale, has_backward)  # type: ignore[no-any-return]
@@ -131,6 +133,14 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float, kept: Tensor | None
         torch.softmax(out, dim=-1, out=out)
         set_product(y[b, i], out, values[b], 1.0)
     return y
+
+
+def _rounded_map(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """What :func:`_exact_softmax` gives, by operators that a compiler makes one pass of."""
+    rounded = torch.bmm(q, k.transpose(1, 2))
+    # What the rounding took; the gradient of the logits is that of their rounded part.
+    rest = torch.baddbmm(rounded.detach(), q.detach(), k.detach().transpose(1, 2), beta=-1.0)
+    return scaled(rounded.float() + rest.float(), scale).softmax(-1).to(q.dtype)
 
 
 def _exact_softmax(q: Tensor, k: Tensor, scale: float, kept: Tensor | None) -> Tensor:

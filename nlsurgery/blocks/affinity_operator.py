@@ -16,7 +16,7 @@ from nlsurgery.blocks.affinity_row_gradients import row_gradients
 from nlsurgery.blocks.affinity_rows import attended
 from nlsurgery.blocks.affinity_tiles import tiled_gradients, tiled_values
 from nlsurgery.blocks.choose import choose_implementation
-from nlsurgery.blocks.geometry import takes_plain_operators
+from nlsurgery.blocks.geometry import is_compiled
 
 #: Multiplications in the logits of one item and head below which torch's fused attention takes least.
 SMALL_PRODUCT = 1 << 22
@@ -34,11 +34,7 @@ def takes_operator(q: Tensor) -> bool:
         q: Queries of any shape.
     """
     known = q.dtype in (torch.float32, torch.bfloat16) and q.device.type == "cpu"
-    if not (known and torch.compiler.is_compiling()):
-        return False
-    # Before torch 2.7 the two cannot be told apart.
-    told = hasattr(torch.compiler, "is_exporting") and not torch.compiler.is_exporting()
-    return told and not takes_plain_operators()
+    return known and is_compiled()
 
 
 def operator_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> Tensor:

@@ -81,6 +81,19 @@ def heads_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return fused_attend(q, k, v, scale)
 
 
+def may_have_denormal_weights(q: Tensor, k: Tensor) -> bool:
+    """Whether products with denormal weights would take long: not of a few, nor by oneDNN.
+
+    Args:
+        q: (B, N, C') queries on a CPU.
+        k: (B, M, C') keys.
+    """
+    # Processors that oneDNN is faster on multiply denormal numbers at full speed.
+    if products.are_by_onednn(torch.float32, "cpu") or accumulator(q.dtype) != torch.float32:
+        return False
+    return q.shape[0] * q.shape[1] * k.shape[1] >= FEW_LOGITS
+
+
 def has_denormal_weights(q: Tensor, k: Tensor, scale: float) -> bool:
     """Whether many weights of softmax_j(scale · q_i · k_j) are denormal numbers, in some rows of it.
 
@@ -92,14 +105,10 @@ def has_denormal_weights(q: Tensor, k: Tensor, scale: float) -> bool:
         k: (B, M, C') keys.
         scale: The factor on the logits.
     """
-    batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
-    if q.device.type != "cpu" or not is_eager() or products.is_onednn_faster():
-        # Processors that oneDNN is faster on multiply denormal numbers at full speed.
+    if q.device.type != "cpu" or not is_eager() or not may_have_denormal_weights(q, k):
         return False
-    if accumulator(q.dtype) != torch.float32 or batch * num_queries * num_keys < FEW_LOGITS:
-        return False
-    items = slice(None, None, -(-batch // SAMPLED_ITEMS))
-    rows = slice(None, None, -(-num_queries // SAMPLED_ROWS))
+    items = slice(None, None, -(-q.shape[0] // SAMPLED_ITEMS))
+    rows = slice(None, None, -(-q.shape[1] // SAMPLED_ROWS))
     with torch.no_grad(), without_autocast(q):
         logits = torch.bmm(q[items, rows].float(), k[items].float().transpose(1, 2)).mul_(scale)
         below = logits.amax(-1, keepdim=True) - logits

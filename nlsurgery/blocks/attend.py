@@ -12,7 +12,11 @@ from nlsurgery.blocks.affinity import SOFTMAX_MODES
 from nlsurgery.blocks.affinity_concat import concatenation_attend
 from nlsurgery.blocks.affinity_dot import dot_product_attend
 from nlsurgery.blocks.affinity_operator import takes_operator
-from nlsurgery.blocks.affinity_softmax import has_denormal_weights, softmax_attend
+from nlsurgery.blocks.affinity_softmax import (
+    has_denormal_weights,
+    may_have_denormal_weights,
+    softmax_attend,
+)
 from nlsurgery.blocks.choose import choose_implementation, without_denormals
 from nlsurgery.blocks.geometry import to_map, to_tokens, working_dtype
 from nlsurgery.blocks.memory_format import to_channels_last
@@ -75,7 +79,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, implementat
     """
     queries, keys, values = to_tokens(q), to_tokens(k), to_tokens(v)
     form = implementation
-    if form == "auto" and not (mode in SOFTMAX_MODES and takes_operator(v)):
+    if form == "auto":
         form = choose_implementation(
             mode,
             num_queries=queries.shape[1],
@@ -86,12 +90,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, implementat
             dtype=v.dtype,
             device_type=v.device.type,
         )
-        if (
-            form == "explicit"
-            and mode in SOFTMAX_MODES
-            and has_denormal_weights(queries, keys, scale)
-        ):
-            form = without_denormals(v.dtype)
+        if mode in SOFTMAX_MODES:
+            form = _without_denormals(form, queries, keys, v.dtype, scale)
     if mode == "dot_product":
         y = dot_product_attend(queries, keys, values, form)
     elif mode == "concatenation":
@@ -101,6 +101,19 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, implementat
         grids = (q.shape[2:], k.shape[2:]) if mode == "gaussian" else None
         y = softmax_attend(queries, keys, values, scale, form, grids)
     return to_map(y, q.shape[2:])
+
+
+def _without_denormals(
+    form: str, queries: Tensor, keys: Tensor, dtype: torch.dtype, scale: float
+) -> str:
+    """The chosen form of softmax attention, or where its weights are denormal numbers another."""
+    if takes_operator(queries):
+        # In a graph no logits can be looked at, but by an operator.
+        is_safe = form == "explicit" and not may_have_denormal_weights(queries, keys)
+        return form if is_safe else "auto"
+    if form == "explicit" and has_denormal_weights(queries, keys, scale):
+        return without_denormals(dtype)
+    return form
 
 
 @torch.fx.wrap

@@ -12,7 +12,7 @@ import torch
 
 from nlsurgery.blocks import products
 from nlsurgery.blocks.affinity_dot import reassociation_pays
-from nlsurgery.blocks.geometry import choice
+from nlsurgery.blocks.geometry import choice, is_compiled
 from nlsurgery.errors import BlockError
 
 #: Every value of the ``implementation`` option.
@@ -35,7 +35,7 @@ SMALL_ITEM = {False: 1 << 16, True: 1 << 19}
 #: Multiplications in a map's logits from which on they go by oneDNN, one batch item at a time, by whether
 #: there are several threads: items of a batch can go to one each.
 ONEDNN_PRODUCT = {False: 1 << 23, True: 1 << 24}
-#: What a graph is made with: a choice by size would fix the sizes of a dynamic one.
+#: What an exported graph is made with: a choice by size would fix the sizes of a dynamic one.
 _TRACED = {
     "gaussian": "fused",
     "embedded_gaussian": "fused",
@@ -83,11 +83,11 @@ def choose_implementation(
         device_type: ``cpu``, ``cuda``, …
 
     Returns:
-        One of :data:`IMPLEMENTATIONS`, never ``auto``. Inside ``torch.compile`` and export the
-        form with the better growth, whatever the size.
+        One of :data:`IMPLEMENTATIONS`, never ``auto``. In an exported graph the form with the better
+        growth, whatever the size.
     """
     choice(mode, tuple(_FORMS), name="mode")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and not is_compiled():
         return _TRACED[mode]
     if mode == "dot_product":
         pays = reassociation_pays(num_queries, num_keys, head_size)
@@ -132,8 +132,8 @@ def _by_onednn(
     limit = 4 * SMALL_MAPS if narrow else SMALL_MAPS
     small = small or fits(num_keys, value_size) or batch * num_queries * num_keys <= limit
     if not narrow:
-        several = torch.get_num_threads() > 1
-        small = small and num_queries * num_keys * head_size < ONEDNN_PRODUCT[several]
+        limit = ONEDNN_PRODUCT[products.takes_threads()]
+        small = small and num_queries * num_keys * head_size < limit
     return "explicit" if small else "chunked"
 
 

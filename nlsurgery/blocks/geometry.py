@@ -40,6 +40,14 @@ def is_eager() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None  # type: ignore[attr-defined]
 
 
+def is_compiled() -> bool:
+    """Whether a graph is compiled, not exported: one for other sizes is made where they ask for it."""
+    if not torch.compiler.is_compiling() or takes_plain_operators():
+        return False
+    # Before torch 2.7 the two cannot be told apart.
+    return hasattr(torch.compiler, "is_exporting") and not torch.compiler.is_exporting()
+
+
 def is_transformed() -> bool:
     """Whether a ``torch.func`` transform runs, outside a graph."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

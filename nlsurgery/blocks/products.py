@@ -25,12 +25,22 @@ MANY_TOKENS = 1 << 10
 LOG_2 = math.log(2)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def are_by_onednn(dtype: torch.dtype, device_type: str) -> bool:
-    """Whether softmax attention in ``dtype`` goes by oneDNN: where it is faster, and not turned off."""
+    """Whether softmax attention in ``dtype`` goes by oneDNN: where it is faster, and not turned off.
+
+    A compiled graph keeps to the answer.
+    """
     known = device_type == "cpu" and accumulator(dtype) == torch.float32
     if not (known and is_onednn_faster() and torch.backends.mkldnn.enabled):
         return False
     return dtype != torch.bfloat16 or not fuses_bfloat16()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def takes_threads() -> bool:
+    """Whether there are several threads; a compiled graph keeps to how many there were."""
+    return torch.get_num_threads() > 1
 
 
 @lru_cache(maxsize=1)

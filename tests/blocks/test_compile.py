@@ -14,6 +14,7 @@ from torch import nn
 
 from nlsurgery.blocks import NonLocal, SelfAttention
 from nlsurgery.blocks.affinity_operator import operator_attend
+from nlsurgery.blocks.products import multiplies_bfloat16
 
 from .cases import randomised
 from .test_forms import PAIRS
@@ -156,7 +157,7 @@ def test_compiled_attention_takes_its_form_when_it_runs(processor, dtype, backen
     compiled = torch.compile(block, fullgraph=True, backend=backend)
     names: list[str] = []
     tolerance = 0.02 if dtype == torch.bfloat16 else 1e-4
-    for size in ((20, 15), (18, 16), (25, 13)):
+    for size in ((36, 33), (37, 34), (41, 35)):
         results = []
         x = torch.randn(2, 32, *size).to(dtype).requires_grad_()
         for module in (block, compiled):
@@ -169,6 +170,42 @@ def test_compiled_attention_takes_its_form_when_it_runs(processor, dtype, backen
         assert ("nlsurgery::attention_backward" in names) == TOLD
         for eager, ours in zip(*results, strict=True):
             assert (ours - eager).float().norm() < tolerance * eager.float().norm()
+
+
+@pytest.mark.skipif(
+    not TOLD, reason="exported and compiled graphs are told apart from torch 2.7 on"
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("processor", ["mkl", "onednn"])
+def test_small_maps_are_left_to_the_compiler(processor, dtype, dynamic, request):
+    request.getfixturevalue(processor)
+    if processor == "onednn" and dtype == torch.bfloat16 and not multiplies_bfloat16():
+        pytest.skip("oneDNN multiplies no bfloat16 without AVX-512")
+    taken: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        targets = [str(node.target) for node in graph.graph.nodes]
+        taken.append("operator" if any("nlsurgery" in t for t in targets) else "plain")
+        return graph
+
+    block = randomised(NonLocal(32, norm="none", use_scale=True), std=0.2).to(dtype)
+    compiled = torch.compile(block, fullgraph=True, backend=backend, dynamic=dynamic)
+    # As many keys as fused attention is not worth for, and as many as a map is not formed for.
+    for size in ((8, 7), (9, 8), (40, 37), (9, 9)):
+        x = torch.randn(2, 32, *size).to(dtype).requires_grad_()
+        exact = copy.deepcopy(block).double()
+        wide = x.detach().double().requires_grad_()
+        results = []
+        for module, inputs in ((compiled, x), (exact, wide)):
+            y = module(inputs) - inputs
+            results.append((y, *torch.autograd.grad(y.square().sum(), inputs)))
+        limit = 1e-5 if dtype == torch.float32 else 2e-2
+        for ours, other in zip(*results, strict=True):
+            assert (ours.double() - other).norm() < limit * other.norm()
+    # Of any size, there are as many graphs as forms.
+    expected = ["plain", "operator"] if dynamic else ["plain", "plain", "operator", "plain"]
+    assert taken == expected
 
 
 @pytest.mark.parametrize("form", ["auto", "fused", "chunked"])

@@ -132,14 +132,6 @@ def test_bfloat16_is_fused_unless_onednn_multiplies_it(monkeypatch, faster, has)
     assert products.fuses_bfloat16.__wrapped__() == (not (faster and has))
 
 
-@pytest.mark.usefixtures("onednn")
-@pytest.mark.parametrize(("threads", "expected"), [(1, "chunked"), (2, "explicit")])
-def test_items_go_to_a_thread_each(monkeypatch, threads, expected):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    sizes = {"num_queries": 784, "num_keys": 196, "head_size": 64, "value_size": 64}
-    assert choose_implementation("embedded_gaussian", batch=4, **sizes) == expected
-
-
 def test_bfloat16_is_fused_where_onednn_does_not_multiply_it(monkeypatch):
     def fails(*_):
         raise RuntimeError("no primitive")
