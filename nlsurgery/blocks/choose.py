@@ -31,7 +31,7 @@ SMALL_MAPS = 1 << 18
 SMALL_MAP = 128
 #: Logits of a batch item up to which items go together where each would go by oneDNN's products alone, by
 #: whether they are bfloat16.
-SMALL_ITEM = {False: 1 << 16, True: 1 << 19}
+SMALL_ITEM = {False: 1 << 17, True: 1 << 19}
 #: Multiplications in a map's logits from which on they go by oneDNN, one batch item at a time, by whether
 #: there are several threads: items of a batch can go to one each.
 ONEDNN_PRODUCT = {False: 1 << 23, True: 1 << 24}
