@@ -28,8 +28,8 @@ OWN_LOGITS, OWN_LOGITS_FORWARD = 1 << 18, 1 << 20
 #: The same where bfloat16 is multiplied four times as fast as float32, but not by fused attention: logits, or
 #: multiplications in fewer of them.
 OWN_LOGITS_BFLOAT16, OWN_PRODUCTS_BFLOAT16 = 1 << 17, 6 << 20
-#: A row of logits of a multiple of so many is replaced by its softmax as fast as that is written elsewhere, others
-#: take up to half as long again.
+#: Rows of a multiple of so many logits are replaced by their softmax as fast as that is written elsewhere;
+#: others take up to half as long again.
 IN_PLACE = 16
 #: Logits of an item from which on it goes by itself (``affinity_rows.py``), in bfloat16: where there is a
 #: backward, and where there is none.

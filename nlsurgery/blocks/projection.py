@@ -24,6 +24,8 @@ from nlsurgery.blocks.products import is_exact, product, product_and
 TORCH_BATCH = 16
 #: Below so many multiplications to begin takes longer than to multiply.
 MANY_PRODUCTS = 1 << 22
+#: Up to how many multiplications torch's products take less time than its convolutions.
+FEW_PRODUCTS = {torch.float32: 1 << 23, torch.bfloat16: 1 << 22}
 #: Weights up to which a bfloat16 batch is multiplied faster than convolved.
 BATCH_WEIGHTS = 1 << 18
 
@@ -45,6 +47,39 @@ def goes_by_products(x: Tensor, weight: Tensor) -> bool:
     if is_exact(x):
         return x.shape[0] < TORCH_BATCH and torch.get_num_threads() == 1
     return x.is_contiguous() and (x.shape[0] == 1 or weight.numel() <= BATCH_WEIGHTS)
+
+
+def is_small_product(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`small_product` is faster than torch's convolution, which takes long to begin.
+
+    Args:
+        x: (B, C, *spatial).
+        weight: (C', C, 1, …).
+    """
+    if not is_eager() or x.device.type != "cpu" or x.dtype not in FEW_PRODUCTS:
+        return False
+    if x.numel() * weight.shape[0] >= FEW_PRODUCTS[x.dtype]:
+        return False
+    if not (x.dtype == weight.dtype == working_dtype(x) and x.is_contiguous()):
+        return False
+    return is_exact(x) or products.multiplies_bfloat16()
+
+
+def small_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The 1×1 convolution as a product of torch's.
+
+    Args:
+        x: (B, C, *spatial), contiguous.
+        weight: (C', C, 1, …).
+        bias: (C',).
+
+    Returns:
+        (B, C', *spatial).
+    """
+    start = weight.new_zeros(1) if bias is None else bias.unsqueeze(1)
+    matrices = weight.flatten(1).expand(x.shape[0], -1, -1)
+    y = torch.baddbmm(start, matrices, x.flatten(2))
+    return y.view(x.shape[0], weight.shape[0], *x.shape[2:])
 
 
 def may_go_by_products(x: Tensor, weight: Tensor) -> bool:

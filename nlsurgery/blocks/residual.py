@@ -21,10 +21,11 @@ from nlsurgery.blocks.memory_format import to_format_of
 from nlsurgery.blocks.norms import BatchNorm
 from nlsurgery.blocks.products import is_power_of_two
 from nlsurgery.blocks.projection import (
-    MANY_PRODUCTS,
     goes_by_products,
+    is_small_product,
     may_go_by_products,
     pointwise_products,
+    small_product,
 )
 
 #: Below so many values, batch normalisation takes less time than folding it.
@@ -35,8 +36,6 @@ DENSE_VALUES = 1 << 14
 #: torch's CPU convolutions take long to begin.
 MANY_POSITIONS = 1024
 MANY_POSITIONS_BFLOAT16 = 128
-#: Positions and multiplications up to which convolutions are called as they are.
-FEW_POSITIONS, FEW_PRODUCTS = MANY_POSITIONS_BFLOAT16, MANY_PRODUCTS
 #: From so many positions on logits are not formed by passes, which would scale them at no cost.
 SCALED_POSITIONS = 512
 #: Weights of so many values in all are joined only for as many positions as the input has channels.
@@ -72,8 +71,10 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
     Returns:
         (B, C', *spatial) in the memory format of ``x``.
     """
-    if not _is_small(x, projection) and is_plain(projection):
+    if is_plain(projection):
         weight, bias = _parameters(projection)
+        if is_small_product(x, weight):
+            return small_product(x, weight, bias)
         if x.dim() == 5:
             return convolve(x, weight, bias)
         if goes_by_products(x, weight):
@@ -135,8 +136,8 @@ def project_together(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
     Returns:
         One (B, C', *spatial) of each; views of one tensor where they were computed together.
     """
-    if _is_small(x, *projections):
-        return tuple(projection(x) for projection in projections)
+    if all(_is_small(x, projection) for projection in projections):
+        return tuple(project(projection, x) for projection in projections)
     if all(_is_multiplied(x, projection) for projection in projections):
         return pointwise_products(x, [_parameters(p) for p in projections])
     if not _joins(x, projections):
@@ -147,12 +148,8 @@ def project_together(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
     return torch.split(y, [weight.shape[0] for weight in weights], dim=1)
 
 
-def _is_small(x: Tensor, *projections: nn.Module) -> bool:
-    """Whether to ask how to compute convolutions takes longer than a better way could save."""
-    if not is_eager() or x.device.type != "cpu" or x.numel() >= FEW_POSITIONS * x.shape[1]:
-        return False
-    products = [x.numel() * getattr(p, "out_channels", FEW_PRODUCTS) for p in projections]
-    return max(products) < FEW_PRODUCTS
+def _is_small(x: Tensor, projection: nn.Module) -> bool:
+    return is_plain(projection) and is_small_product(x, cast(Tensor, projection.weight))
 
 
 def _is_multiplied(x: Tensor, projection: nn.Module) -> bool:
@@ -182,6 +179,8 @@ def _joins(x: Tensor, projections: Sequence[nn.Module]) -> bool:
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The 1×1 convolution of (B, C, *spatial) with a weight (C', C, 1, …)."""
+    if is_small_product(x, weight):
+        return small_product(x, weight, bias)
     if goes_by_products(x, weight):
         return pointwise_products(x, [(weight, bias)])[0]
     if x.dim() != 5:

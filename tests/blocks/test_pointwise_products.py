@@ -29,7 +29,7 @@ LAYOUT = {3: None, 4: torch.channels_last, 5: torch.channels_last_3d}
 @pytest.fixture
 def every_projection(monkeypatch, onednn):
     monkeypatch.setattr(projection, "MANY_PRODUCTS", 0)
-    monkeypatch.setattr(residual, "FEW_POSITIONS", 0)
+    monkeypatch.setattr(projection, "FEW_PRODUCTS", {})
 
 
 @pytest.mark.usefixtures("every_projection")

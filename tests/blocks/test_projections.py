@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nlsurgery.blocks import NonLocal, residual
+from nlsurgery.blocks import NonLocal, products, residual
 from nlsurgery.blocks.geometry import CONVS
+from nlsurgery.blocks.projection import is_small_product
 from nlsurgery.blocks.residual import project_together
 
+BFLOAT16 = pytest.param(
+    torch.bfloat16,
+    marks=pytest.mark.skipif(
+        not products.multiplies_bfloat16(), reason="oneDNN multiplies no bfloat16 without AVX-512"
+    ),
+)
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -17,7 +26,7 @@ FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 def _small_maps_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residual, "MANY_POSITIONS", 1)
     monkeypatch.setattr(residual, "MANY_POSITIONS_BFLOAT16", 1)
-    monkeypatch.setattr(residual, "FEW_POSITIONS", 0)
+    monkeypatch.setattr("nlsurgery.blocks.projection.FEW_PRODUCTS", {})
 
 
 def layers(dims: int, biases: tuple[bool, ...] = (True, True, True)) -> list[nn.Module]:
@@ -119,21 +128,36 @@ def test_the_norm_gets_a_gradient_that_lies_as_its_input_does(
     assert seen[0].stride() == seen[1].stride()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_small_projections_are_called(monkeypatch: pytest.MonkeyPatch, dims: int) -> None:
-    monkeypatch.setattr(residual, "FEW_POSITIONS", 26)
-    projections = layers(dims)
-    called: list[nn.Module] = []
-    for projection in projections:
-        projection.forward = lambda x, p=projection: called.append(p) or type(p).forward(p, x)
-    spatial = {1: (25,), 2: (5, 5), 3: (1, 5, 5)}[dims]
-    x = torch.randn(1, 8, *spatial)
-    for y, projection in zip(project_together(x, *projections), projections, strict=True):
-        assert torch.equal(y, type(projection).forward(projection, x))
-    assert called == projections
-    # A replaced ``forward`` would be called in any case: here nothing else is asked.
-    monkeypatch.setattr(residual, "is_plain", None)
-    project_together(x, *projections)
-    monkeypatch.setattr(residual, "FEW_PRODUCTS", x.numel() * 10)
-    with pytest.raises(TypeError):
-        project_together(x, *projections)
+def test_small_projections_are_products(
+    monkeypatch: pytest.MonkeyPatch, dims: int, bias: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr("nlsurgery.blocks.projection.FEW_PRODUCTS", {dtype: 1 << 20})
+    modules = [m.to(dtype) for m in layers(dims, (bias,) * 3)]
+    x = torch.randn(2, 8, *{1: (25,), 2: (5, 5), 3: (2, 5, 5)}[dims]).to(dtype).requires_grad_()
+    assert is_small_product(x, modules[0].weight)
+    assert count_of_convolutions(x.detach(), modules) == 0
+    parameters = [x, *(p for m in modules for p in m.parameters())]
+    found = project_together(x, *modules)
+    given = [torch.randn_like(y) for y in found]
+    found = [*found, *torch.autograd.grad(found, parameters, given)]
+    exact = copy.deepcopy(modules)
+    wide = x.detach().double().requires_grad_()
+    made = [m.double()(wide) for m in exact]
+    parameters = [wide, *(p for m in exact for p in m.parameters())]
+    expected = [*made, *torch.autograd.grad(made, parameters, [dy.double() for dy in given])]
+    for one, other in zip(found, expected, strict=True):
+        assert (one.dtype, one.shape) == (dtype, other.shape)
+        assert (one.double() - other).norm() < (
+            1e-6 if dtype == torch.float32 else 6e-3
+        ) * other.norm()
+    # Not larger ones, others that are called, under autocast, and with channels last.
+    assert not is_small_product(x.repeat(1000, *[1] * (dims + 1)), modules[0].weight)
+    with torch.autocast("cpu", torch.bfloat16 if dtype == torch.float32 else torch.float16):
+        assert not is_small_product(x, modules[0].weight)
+    assert not is_small_product(x.movedim(1, -1).contiguous().movedim(-1, 1), modules[0].weight)
+    hooked = modules[0]
+    hooked.register_forward_hook(lambda *_: torch.zeros(()))
+    assert residual.project(hooked, x).shape == ()
