@@ -26,6 +26,8 @@ TORCH_BATCH = 16
 MANY_PRODUCTS = 1 << 22
 #: Up to how many multiplications torch's products take less time than its convolutions.
 FEW_PRODUCTS = {torch.float32: 1 << 23, torch.bfloat16: 1 << 22}
+#: The same with channels last, of fewer positions than this.
+FEW_PRODUCTS_LAST, FEW_POSITIONS_LAST = {torch.bfloat16: 1 << 25}, 1 << 10
 #: Weights up to which a bfloat16 batch is multiplied faster than convolved.
 BATCH_WEIGHTS = 1 << 18
 
@@ -56,26 +58,32 @@ def is_small_product(x: Tensor, weight: Tensor) -> bool:
         x: (B, C, *spatial).
         weight: (C', C, 1, …).
     """
-    if not is_eager() or x.device.type != "cpu" or x.dtype not in FEW_PRODUCTS:
+    if not is_eager() or x.device.type != "cpu":
         return False
-    if x.numel() * weight.shape[0] >= FEW_PRODUCTS[x.dtype]:
+    few = FEW_PRODUCTS
+    if not x.is_contiguous():
+        few = FEW_PRODUCTS_LAST
+        if x.numel() >= FEW_POSITIONS_LAST * x.shape[1] or not _is_last(x):
+            return False
+    if x.numel() * weight.shape[0] >= few.get(x.dtype, 0):
         return False
-    if not (x.dtype == weight.dtype == working_dtype(x) and x.is_contiguous()):
-        return False
-    return is_exact(x) or products.multiplies_bfloat16()
+    same = x.dtype == weight.dtype == working_dtype(x)
+    return same and (is_exact(x) or products.multiplies_bfloat16())
 
 
 def small_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The 1×1 convolution as a product of torch's.
 
     Args:
-        x: (B, C, *spatial), contiguous.
+        x: (B, C, *spatial), contiguous or with channels last.
         weight: (C', C, 1, …).
         bias: (C',).
 
     Returns:
-        (B, C', *spatial).
+        (B, C', *spatial), lying as ``x`` does.
     """
+    if not x.is_contiguous():
+        return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     start = weight.new_zeros(1) if bias is None else bias.unsqueeze(1)
     matrices = weight.flatten(1).expand(x.shape[0], -1, -1)
     y = torch.baddbmm(start, matrices, x.flatten(2))

@@ -30,6 +30,7 @@ LAYOUT = {3: None, 4: torch.channels_last, 5: torch.channels_last_3d}
 def every_projection(monkeypatch, onednn):
     monkeypatch.setattr(projection, "MANY_PRODUCTS", 0)
     monkeypatch.setattr(projection, "FEW_PRODUCTS", {})
+    monkeypatch.setattr(projection, "FEW_PRODUCTS_LAST", {})
 
 
 @pytest.mark.usefixtures("every_projection")

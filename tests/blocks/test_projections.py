@@ -27,6 +27,7 @@ def _small_maps_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residual, "MANY_POSITIONS", 1)
     monkeypatch.setattr(residual, "MANY_POSITIONS_BFLOAT16", 1)
     monkeypatch.setattr("nlsurgery.blocks.projection.FEW_PRODUCTS", {})
+    monkeypatch.setattr("nlsurgery.blocks.projection.FEW_PRODUCTS_LAST", {})
 
 
 def layers(dims: int, biases: tuple[bool, ...] = (True, True, True)) -> list[nn.Module]:
@@ -38,10 +39,14 @@ def layers(dims: int, biases: tuple[bool, ...] = (True, True, True)) -> list[nn.
     ]
 
 
-def count_of_convolutions(x: Tensor, projections: list[nn.Module]) -> int:
+def operators_of(x: Tensor, projections: list[nn.Module]) -> dict[str, int]:
     with torch.profiler.profile() as profile, torch.no_grad():
         project_together(x, *projections)
-    counts = {event.key: event.count for event in profile.key_averages()}
+    return {event.key: event.count for event in profile.key_averages()}
+
+
+def count_of_convolutions(x: Tensor, projections: list[nn.Module]) -> int:
+    counts = operators_of(x, projections)
     return counts.get("aten::convolution", 0) or counts.get("aten::linear", 0)
 
 
@@ -130,15 +135,21 @@ def test_the_norm_gets_a_gradient_that_lies_as_its_input_does(
 
 @pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("dims", "last"), [(1, False), (2, False), (3, False), (2, True), (3, True)]
+)
 def test_small_projections_are_products(
-    monkeypatch: pytest.MonkeyPatch, dims: int, bias: bool, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, dims: int, last: bool, bias: bool, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr("nlsurgery.blocks.projection.FEW_PRODUCTS", {dtype: 1 << 20})
+    name = "FEW_PRODUCTS_LAST" if last else "FEW_PRODUCTS"
+    monkeypatch.setattr(f"nlsurgery.blocks.projection.{name}", {dtype: 1 << 20})
     modules = [m.to(dtype) for m in layers(dims, (bias,) * 3)]
-    x = torch.randn(2, 8, *{1: (25,), 2: (5, 5), 3: (2, 5, 5)}[dims]).to(dtype).requires_grad_()
+    x = torch.randn(2, 8, *{1: (25,), 2: (5, 5), 3: (2, 5, 5)}[dims]).to(dtype)
+    if last:
+        x = x.contiguous(memory_format=FORMATS[dims + 2])
+    x.requires_grad_()
     assert is_small_product(x, modules[0].weight)
-    assert count_of_convolutions(x.detach(), modules) == 0
+    assert "aten::convolution" not in operators_of(x.detach(), modules)
     parameters = [x, *(p for m in modules for p in m.parameters())]
     found = project_together(x, *modules)
     given = [torch.randn_like(y) for y in found]
@@ -148,16 +159,18 @@ def test_small_projections_are_products(
     made = [m.double()(wide) for m in exact]
     parameters = [wide, *(p for m in exact for p in m.parameters())]
     expected = [*made, *torch.autograd.grad(made, parameters, [dy.double() for dy in given])]
+    kind = FORMATS[dims + 2] if last else torch.contiguous_format
+    assert all(y.is_contiguous(memory_format=kind) for y in found[:3])
     for one, other in zip(found, expected, strict=True):
         assert (one.dtype, one.shape) == (dtype, other.shape)
         assert (one.double() - other).norm() < (
             1e-6 if dtype == torch.float32 else 6e-3
         ) * other.norm()
-    # Not larger ones, others that are called, under autocast, and with channels last.
+    # Not larger ones, nor under autocast, nor what lies otherwise, nor what has to be called.
     assert not is_small_product(x.repeat(1000, *[1] * (dims + 1)), modules[0].weight)
     with torch.autocast("cpu", torch.bfloat16 if dtype == torch.float32 else torch.float16):
         assert not is_small_product(x, modules[0].weight)
-    assert not is_small_product(x.movedim(1, -1).contiguous().movedim(-1, 1), modules[0].weight)
+    assert not is_small_product(x[..., ::2], modules[0].weight)
     hooked = modules[0]
     hooked.register_forward_hook(lambda *_: torch.zeros(()))
     assert residual.project(hooked, x).shape == ()
