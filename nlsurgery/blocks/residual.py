@@ -137,7 +137,7 @@ def project_together(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
         One (B, C', *spatial) of each; views of one tensor where they were computed together.
     """
     if all(_is_small(x, projection) for projection in projections):
-        return tuple(project(projection, x) for projection in projections)
+        return tuple(small_product(x, *_parameters(projection)) for projection in projections)
     if all(_is_multiplied(x, projection) for projection in projections):
         return pointwise_products(x, [_parameters(p) for p in projections])
     if not _joins(x, projections):
