@@ -57,7 +57,7 @@ def explicit_attend(
     """
     has_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if _is_plain(q, k, has_backward):
-        rounds = is_compiled() and q.device.type == "cpu" and _keeps_bfloat16(q)
+        rounds = is_compiled() and _keeps_bfloat16(q)
         attention = _rounded_map(q, k, scale) if rounds else softmax_map(q, k, scale)
         return apply_map(attention, v)
     if _goes_by_rows(q, k, has_backward):

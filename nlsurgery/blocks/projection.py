@@ -24,8 +24,8 @@ from nlsurgery.blocks.products import is_exact, product, product_and
 TORCH_BATCH = 16
 #: Below so many multiplications to begin takes longer than to multiply.
 MANY_PRODUCTS = 1 << 22
-#: Up to how many multiplications torch's products take less time than its convolutions.
-FEW_PRODUCTS = {torch.float32: 1 << 23, torch.bfloat16: 1 << 22}
+#: Up to how many multiplications torch's products take less time than its convolutions, and than ours.
+FEW_PRODUCTS = dict.fromkeys((torch.float32, torch.bfloat16), MANY_PRODUCTS)
 #: The same with channels last, of fewer positions than this.
 FEW_PRODUCTS_LAST, FEW_POSITIONS_LAST = {torch.bfloat16: 1 << 25}, 1 << 10
 #: Weights up to which a bfloat16 batch is multiplied faster than convolved.
@@ -58,7 +58,7 @@ def is_small_product(x: Tensor, weight: Tensor) -> bool:
         x: (B, C, *spatial).
         weight: (C', C, 1, …).
     """
-    if not is_eager() or x.device.type != "cpu":
+    if not _is_as_given(x, weight):
         return False
     few = FEW_PRODUCTS
     if not x.is_contiguous():
@@ -67,8 +67,7 @@ def is_small_product(x: Tensor, weight: Tensor) -> bool:
             return False
     if x.numel() * weight.shape[0] >= few.get(x.dtype, 0):
         return False
-    same = x.dtype == weight.dtype == working_dtype(x)
-    return same and (is_exact(x) or products.multiplies_bfloat16())
+    return is_exact(x) or products.multiplies_bfloat16()
 
 
 def small_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -92,12 +91,15 @@ def small_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def may_go_by_products(x: Tensor, weight: Tensor) -> bool:
     """Whether :func:`pointwise_products` takes a map (B, C, *spatial) and a weight (C', C, 1, …)."""
-    if not is_eager() or x.device.type != "cpu" or not (x.is_contiguous() or _is_last(x)):
+    lies_well = _is_as_given(x, weight) and (x.is_contiguous() or _is_last(x))
+    return lies_well and products.are_by_onednn(x.dtype, x.device.type)
+
+
+def _is_as_given(x: Tensor, weight: Tensor) -> bool:
+    """Whether torch would convolve on a CPU, now, and in the dtype of both: float32 or bfloat16."""
+    if not is_eager() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return False
-    if x.dtype not in (torch.float32, torch.bfloat16):
-        return False
-    same = x.dtype == weight.dtype == working_dtype(x)
-    return same and products.are_by_onednn(x.dtype, x.device.type)
+    return x.dtype == weight.dtype == working_dtype(x)
 
 
 def pointwise_products(

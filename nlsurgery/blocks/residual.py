@@ -72,13 +72,7 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
         (B, C', *spatial) in the memory format of ``x``.
     """
     if is_plain(projection):
-        weight, bias = _parameters(projection)
-        if is_small_product(x, weight):
-            return small_product(x, weight, bias)
-        if x.dim() == 5:
-            return convolve(x, weight, bias)
-        if goes_by_products(x, weight):
-            return pointwise_products(x, [(weight, bias)])[0]
+        return convolve(x, *_parameters(projection))
     return projection(x)  # type: ignore[no-any-return]
 
 
@@ -136,31 +130,26 @@ def project_together(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
     Returns:
         One (B, C', *spatial) of each; views of one tensor where they were computed together.
     """
-    if all(_is_small(x, projection) for projection in projections):
-        return tuple(small_product(x, *_parameters(projection)) for projection in projections)
-    if all(_is_multiplied(x, projection) for projection in projections):
-        return pointwise_products(x, [_parameters(p) for p in projections])
-    if not _joins(x, projections):
+    if not all(is_plain(projection) for projection in projections):
         return tuple(project(projection, x) for projection in projections)
-    weights = [cast(Tensor, projection.weight) for projection in projections]
-    biases = [cast(Tensor, bias) for p in projections if (bias := p.bias) is not None]
+    layers = [_parameters(projection) for projection in projections]
+    if all(is_small_product(x, weight) for weight, _ in layers):
+        return tuple(small_product(x, weight, bias) for weight, bias in layers)
+    if all(goes_by_products(x, weight) for weight, _ in layers):
+        return pointwise_products(x, layers)
+    weights = [weight for weight, _ in layers]
+    biases = [bias for _, bias in layers if bias is not None]
+    if len(biases) not in (0, len(weights)) or not _joins(x, weights):
+        return tuple(convolve(x, weight, bias) for weight, bias in layers)
     y = convolve(x, torch.cat(weights), torch.cat(biases) if biases else None)
     return torch.split(y, [weight.shape[0] for weight in weights], dim=1)
-
-
-def _is_small(x: Tensor, projection: nn.Module) -> bool:
-    return is_plain(projection) and is_small_product(x, cast(Tensor, projection.weight))
-
-
-def _is_multiplied(x: Tensor, projection: nn.Module) -> bool:
-    return is_plain(projection) and goes_by_products(x, cast(Tensor, projection.weight))
 
 
 def _parameters(projection: nn.Module) -> tuple[Tensor, Tensor | None]:
     return cast(Tensor, projection.weight), cast("Tensor | None", projection.bias)
 
 
-def _joins(x: Tensor, projections: Sequence[nn.Module]) -> bool:
+def _joins(x: Tensor, weights: Sequence[Tensor]) -> bool:
     # A choice by size would fix the sizes of a traced graph: it is left out there.
     if not is_eager():
         return False
@@ -169,12 +158,8 @@ def _joins(x: Tensor, projections: Sequence[nn.Module]) -> bool:
     many = MANY_POSITIONS_BFLOAT16 if dtype == torch.bfloat16 else MANY_POSITIONS
     if apart or x.numel() < many * x.shape[1]:
         return False
-    if not all(is_plain(projection) for projection in projections):
-        return False
-    weights = sum(cast(Tensor, projection.weight).numel() for projection in projections)
-    if weights > MANY_WEIGHTS and x.numel() < x.shape[1] ** 2:
-        return False
-    return len({projection.bias is None for projection in projections}) == 1
+    size = sum(weight.numel() for weight in weights)
+    return size <= MANY_WEIGHTS or x.numel() >= x.shape[1] ** 2
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
