@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from nlsurgery.blocks import products
+
 SHAPES = {1: (2, 6, 7), 2: (2, 6, 3, 4), 3: (2, 6, 2, 2, 3)}
+needs_bfloat16 = pytest.mark.skipif(
+    not products.multiplies_bfloat16(), reason="oneDNN multiplies no bfloat16 without AVX-512"
+)
+BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_bfloat16)
 MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
 
 

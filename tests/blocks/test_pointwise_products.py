@@ -6,15 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nlsurgery.blocks import NonLocal, affinity_rows, products, projection, residual
+from nlsurgery.blocks import NonLocal, affinity_rows, projection, residual
 from nlsurgery.blocks.geometry import pointwise
 from nlsurgery.blocks.projection import goes_by_products, pointwise_products
 from nlsurgery.blocks.residual import project, queries_factor
 
-needs_bfloat16 = pytest.mark.skipif(
-    not products.multiplies_bfloat16(), reason="oneDNN multiplies no bfloat16 without AVX-512"
-)
-BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_bfloat16)
+from .cases import BFLOAT16, needs_bfloat16
+
 #: How far off a value of some rounded ones may be, in norm.
 ERROR = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
 

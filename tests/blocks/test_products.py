@@ -27,11 +27,9 @@ from nlsurgery.blocks.choose import choose_implementation, without_denormals
 from nlsurgery.blocks.geometry import CHANNELS_LAST, pool_keys
 from nlsurgery.blocks.products import exponentials, factors, product, product_and
 
-needs_bfloat16 = pytest.mark.skipif(
-    not products.multiplies_bfloat16(), reason="oneDNN multiplies no bfloat16 without AVX-512"
-)
+from .cases import BFLOAT16, needs_bfloat16
+
 FLOAT32 = torch.float32
-BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_bfloat16)
 
 LAYOUTS = ("rows", "columns", "rows apart", "columns apart", "neither")
 

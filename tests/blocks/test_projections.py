@@ -8,17 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nlsurgery.blocks import NonLocal, products, residual
+from nlsurgery.blocks import NonLocal, residual
 from nlsurgery.blocks.geometry import CONVS
 from nlsurgery.blocks.projection import is_small_product
 from nlsurgery.blocks.residual import project_together
 
-BFLOAT16 = pytest.param(
-    torch.bfloat16,
-    marks=pytest.mark.skipif(
-        not products.multiplies_bfloat16(), reason="oneDNN multiplies no bfloat16 without AVX-512"
-    ),
-)
+from .cases import BFLOAT16
+
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
