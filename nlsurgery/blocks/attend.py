@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from nlsurgery.blocks.affinity import SOFTMAX_MODES
+from nlsurgery.blocks.affinity import SOFTMAX_MODES, accumulator
 from nlsurgery.blocks.affinity_concat import concatenation_attend
 from nlsurgery.blocks.affinity_dot import dot_product_attend
 from nlsurgery.blocks.affinity_operator import takes_operator
@@ -18,9 +18,20 @@ from nlsurgery.blocks.affinity_softmax import (
     softmax_attend,
 )
 from nlsurgery.blocks.choose import choose_implementation, without_denormals
-from nlsurgery.blocks.geometry import to_map, to_tokens, working_dtype
-from nlsurgery.blocks.memory_format import to_channels_last
-from nlsurgery.blocks.residual import convolve, is_plain
+from nlsurgery.blocks.geometry import is_eager, to_map, to_tokens, working_dtype
+from nlsurgery.blocks.memory_format import to_channels_last, to_rows
+from nlsurgery.blocks.products import takes_threads
+from nlsurgery.blocks.projection import small_products
+from nlsurgery.blocks.residual import convolve, is_plain, parameters_of, project
+
+#: Up to so many positions a map's layout does not matter.
+FEW_QUERIES = 1 << 7
+#: Up to so many positions, of so many channels, are multiplied faster where channels lie side by side.
+FEW_ROWS, ROW_CHANNELS = 50, (1 << 8, 1 << 10)
+#: In bfloat16 not for more multiplications with a square weight.
+ROW_PRODUCTS = 1 << 27
+#: Up to so many logits calls of torch's take longer than what they compute.
+FEW_LOGITS = 1 << 15
 
 
 def num_keys(spatial: Sequence[int], sub_sample: bool) -> int:
@@ -47,11 +58,13 @@ def laid_out(
     Returns:
         ``x`` itself, or a channels-last copy where tokens must be contiguous.
     """
-    form = implementation
+    form, num_queries = implementation, math.prod(x.shape[2:])
+    if form == "auto" and is_eager() and num_queries <= FEW_QUERIES:
+        return to_rows(x) if _takes_rows(x, mode, num_queries) else x
     if form == "auto":
         form = choose_implementation(
             mode,
-            num_queries=math.prod(x.shape[2:]),
+            num_queries=num_queries,
             num_keys=num_keys(x.shape[2:], keys),
             head_size=sizes[0],
             value_size=sizes[1],
@@ -60,6 +73,19 @@ def laid_out(
             device_type=x.device.type,
         )
     return to_channels_last(x) if form in ("fused", "sorted") else x
+
+
+def _takes_rows(x: Tensor, mode: str, num_queries: int) -> bool:
+    """Whether so few positions are projected faster with their channels side by side."""
+    least, most = ROW_CHANNELS
+    if num_queries > FEW_ROWS or not least <= x.shape[1] <= most or mode == "gaussian":
+        return False
+    if x.device.type != "cpu" or working_dtype(x) != x.dtype:
+        return False
+    if x.dtype == torch.bfloat16:
+        return x.numel() * x.shape[1] <= ROW_PRODUCTS
+    # MKL takes 16 columns at a time.
+    return x.dtype == torch.float32 and num_queries % 16 > 0 and not takes_threads()
 
 
 @torch.fx.wrap
@@ -77,21 +103,24 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, implementat
     Returns:
         (B, V, *spatial), in the dtype of ``v``.
     """
-    queries, keys, values = to_tokens(q), to_tokens(k), to_tokens(v)
+    num_queries, num_keys = math.prod(q.shape[2:]), math.prod(k.shape[2:])
     form = implementation
     if form == "auto":
         form = choose_implementation(
             mode,
-            num_queries=queries.shape[1],
-            num_keys=keys.shape[1],
-            head_size=queries.shape[2],
-            value_size=values.shape[2],
-            batch=values.shape[0],
+            num_queries=num_queries,
+            num_keys=num_keys,
+            head_size=q.shape[1],
+            value_size=v.shape[1],
+            batch=v.shape[0],
             dtype=v.dtype,
             device_type=v.device.type,
         )
-        if mode in SOFTMAX_MODES:
-            form = _without_denormals(form, queries, keys, v.dtype, scale)
+    if form in ("explicit", "reassociated") and _are_few(v, num_queries):
+        return _attend_few(q, k, v, mode, scale, form)
+    queries, keys, values = to_tokens(q), to_tokens(k), to_tokens(v)
+    if implementation == "auto" and mode in SOFTMAX_MODES:
+        form = _without_denormals(form, queries, keys, v.dtype, scale)
     if mode == "dot_product":
         y = dot_product_attend(queries, keys, values, form)
     elif mode == "concatenation":
@@ -101,6 +130,41 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, implementat
         grids = (q.shape[2:], k.shape[2:]) if mode == "gaussian" else None
         y = softmax_attend(queries, keys, values, scale, form, grids)
     return to_map(y, q.shape[2:])
+
+
+def _are_few(v: Tensor, num_queries: int) -> bool:
+    """Whether plain operators take longer to call than to attend to values (B, V, *key sizes)."""
+    if not is_eager() or v.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return False
+    return v.numel() * num_queries <= FEW_LOGITS * v.shape[1]
+
+
+def _attend_few(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, form: str) -> Tensor:
+    """:func:`attend` by no more calls than it takes."""
+    batch, channels, given = v.shape[0], v.shape[1], v.dtype
+    queries, keys, values = q.flatten(2), k.flatten(2), v.flatten(2)
+    if (dtype := accumulator(given)) != given:
+        queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
+    factor = scale if mode in SOFTMAX_MODES else 1 / max(1, keys.shape[2])
+    if form == "reassociated":
+        first, second = torch.bmm(keys, values.transpose(1, 2)), queries.transpose(1, 2)
+    elif mode == "concatenation":
+        first, second = queries.transpose(1, 2) + keys, values.transpose(1, 2)
+    else:
+        first, second = torch.bmm(queries.transpose(1, 2), keys), values.transpose(1, 2)
+    first = first if factor == 1.0 else first.mul_(factor)
+    if mode in SOFTMAX_MODES:
+        first = first.softmax(-1)
+    elif mode == "concatenation":
+        first = first.relu_()
+    if form == "reassociated":
+        first, second = second, first
+    if values.stride(1) == 1:
+        y = torch.bmm(first, second).view(batch, *q.shape[2:], channels).movedim(-1, 1)
+    else:
+        y = torch.bmm(second.transpose(1, 2), first.transpose(1, 2))
+        y = y.view(batch, channels, *q.shape[2:])
+    return y if given == dtype else y.to(given)
 
 
 def _without_denormals(
@@ -117,30 +181,35 @@ def _without_denormals(
 
 
 @torch.fx.wrap
-def logit_parts(
-    x: Tensor, theta: nn.Module, phi: nn.Module, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Compute w · [θ(x); φ(x)] by its two parts, of queries and of keys, as one convolution where it can be.
+def logits_and_values(
+    x: Tensor, theta: nn.Module, phi: nn.Module, g: nn.Module, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute w · [θ(x); φ(x)] by its two parts, of queries and of keys, and g(x): what can be, together.
 
     Args:
         x: (B, C, *spatial).
         theta: θ.
         phi: φ.
+        g: g.
         weight: The 2C' values of ``concat_project``, queries first.
 
     Returns:
-        Two of (B, 1, *spatial).
+        Two of (B, 1, *spatial), and (B, V, *spatial).
     """
     if not (is_plain(theta) and is_plain(phi)):
-        return logit_part(x, theta, weight, True), logit_part(x, phi, weight, False)
-    folded = [_folded(p, weight, first) for p, first in ((theta, True), (phi, False))]
+        parts = logit_part(x, theta, weight, True), logit_part(x, phi, weight, False)
+        return *parts, project(g, x)
+    layers = parameters_of(theta), parameters_of(phi)
+    sides = weight.view(2, 1, -1)
+    side = torch.bmm(sides, torch.cat([w for w, _ in layers]).view(2, -1, x.shape[1]))
     bias = None
-    if any(bias is not None for _, bias in folded):
-        parts = [side.new_zeros(1) if bias is None else bias for side, bias in folded]
-        bias = torch.cat(parts)
-    side = torch.cat([side for side, _ in folded])
-    both = convolve(x, side.view(2, -1, *[1] * (x.dim() - 2)), bias)
-    return both[:, :1], both[:, 1:]
+    if any(b is not None for _, b in layers):
+        biases = [w.new_zeros(w.shape[0]) if b is None else b for w, b in layers]
+        bias = torch.bmm(sides, torch.cat(biases).view(2, -1, 1)).flatten()
+    side = side.view(2, -1, *[1] * (x.dim() - 2))
+    found = small_products(x, [(side, bias), parameters_of(g)]) if is_plain(g) else None
+    both, v = (convolve(x, side, bias), project(g, x)) if found is None else found
+    return both[:, :1], both[:, 1:], v
 
 
 @torch.fx.wrap

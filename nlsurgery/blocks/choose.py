@@ -128,8 +128,8 @@ def _by_onednn(
 ) -> str:
     narrow = dtype == torch.bfloat16
     small = num_queries * num_keys < SMALL_ITEM[narrow]
-    # To keep a bfloat16 map saves backward a product, and weighs half as much as in float32.
-    limit = 4 * SMALL_MAPS if narrow else SMALL_MAPS
+    # To keep a map saves backward a product; in bfloat16 it weighs half as much as in float32.
+    limit = (4 if narrow else 2) * SMALL_MAPS
     small = small or fits(num_keys, value_size) or batch * num_queries * num_keys <= limit
     if not narrow:
         limit = ONEDNN_PRODUCT[products.takes_threads()]

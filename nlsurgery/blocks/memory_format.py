@@ -46,6 +46,11 @@ def to_channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
 
 
+def to_rows(x: Tensor) -> Tensor:
+    """(B, C, *spatial) with the channels of a position side by side, sequences too."""
+    return x.mT.contiguous().mT if x.dim() == 3 else to_channels_last(x)
+
+
 def to_format_of(z: Tensor, x: Tensor) -> Tensor:
     """``z`` channels first where ``x`` is so and ``z`` has channels last; its gradient the other way.
 

@@ -17,7 +17,7 @@ from nlsurgery.blocks.affinity import (
     softmax_map,
 )
 from nlsurgery.blocks.affinity_concat import scalar_sum_map
-from nlsurgery.blocks.attend import attend, laid_out, logit_part, logit_parts, num_keys
+from nlsurgery.blocks.attend import attend, laid_out, logit_part, logits_and_values, num_keys
 from nlsurgery.blocks.choose import checked_implementation, choose_implementation
 from nlsurgery.blocks.geometry import (
     checked_input,
@@ -41,7 +41,7 @@ for _name in ("add_projected", "attend", "checked_input", "dot_product_map", "la
     torch.fx.wrap(_name)
 for _name in (
     "logit_part",
-    "logit_parts",
+    "logits_and_values",
     "pool_keys",
     "project",
     "project_scaled",
@@ -243,14 +243,15 @@ class NonLocal(nn.Module):
                 (q,), scale = project_scaled(x, self.scale, self.theta)
                 k, v = project_together(early, self.phi, self.g)
             return q, self._pooled(k, "after_conv"), self._pooled(v, "after_conv"), scale
+        if self.mode == "concatenation" and not self.sub_sample:
+            weight = cast(Tensor, self.concat_project.weight)
+            a, b, v = logits_and_values(x, self.theta, self.phi, self.g, weight)
+            return a, b, v, self.scale
         v = self._pooled(project(self.g, early), "after_conv")
         if self.mode == "gaussian":
             x = x.to(v.dtype)  # under autocast
             return x, pool_keys(x) if self.sub_sample else x, v, self.scale
         weight = cast(Tensor, self.concat_project.weight)
-        if not self.sub_sample:
-            a, b = logit_parts(x, self.theta, self.phi, weight)
-            return a, b, v, self.scale
         a = logit_part(x, self.theta, weight, True)
         if self.pool_order == "after_conv":
             return a, logit_part(pool_keys(self.phi(x)), None, weight, False), v, self.scale

@@ -7,7 +7,7 @@ map whose channels come first into another order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
 from typing import Any
 
@@ -17,17 +17,25 @@ from torch import Tensor
 
 from nlsurgery.blocks import products
 from nlsurgery.blocks.affinity import differentiable_gradients, scaled
-from nlsurgery.blocks.geometry import is_eager, working_dtype
+from nlsurgery.blocks.geometry import CHANNELS_LAST, is_eager, working_dtype
 from nlsurgery.blocks.products import is_exact, product, product_and
 
-#: Float32 batches from which on torch itself takes oneDNN, as with more than one thread.
+#: Float32 batches from which on torch itself takes oneDNN; with more than one thread it does from two on.
 TORCH_BATCH = 16
 #: Below so many multiplications to begin takes longer than to multiply.
 MANY_PRODUCTS = 1 << 22
-#: Up to how many multiplications torch's products take less time than its convolutions, and than ours.
+#: Up to how many multiplications torch's products take less time than its convolutions, and than ours; in
+#: float32 half as many from :data:`TORCH_BATCH` on.
 FEW_PRODUCTS = dict.fromkeys((torch.float32, torch.bfloat16), MANY_PRODUCTS)
 #: The same with channels last, of fewer positions than this.
-FEW_PRODUCTS_LAST, FEW_POSITIONS_LAST = {torch.bfloat16: 1 << 25}, 1 << 10
+FEW_PRODUCTS_LAST = {torch.float32: MANY_PRODUCTS, torch.bfloat16: 1 << 25}
+FEW_POSITIONS_LAST = 1 << 10
+#: Weights of so many values in all are joined at no cost, where torch multiplies.
+JOINED_WEIGHTS = {torch.float32: 1 << 16, torch.bfloat16: 1 << 19}
+#: Multiplications up to which it takes less time to join bfloat16 weights than to begin several products.
+JOINED_PRODUCTS = 1 << 25
+#: Weights of so many values for results of so many are joined where convolutions take long to begin.
+CONVOLVED_WEIGHTS, CONVOLVED_RESULTS = 1 << 18, 1 << 18
 #: Weights up to which a bfloat16 batch is multiplied faster than convolved.
 BATCH_WEIGHTS = 1 << 18
 
@@ -58,16 +66,65 @@ def is_small_product(x: Tensor, weight: Tensor) -> bool:
         x: (B, C, *spatial).
         weight: (C', C, 1, …).
     """
-    if not _is_as_given(x, weight):
-        return False
-    few = FEW_PRODUCTS
+    return _is_as_given(x, weight) and _is_small(x, weight.shape[0])
+
+
+def _is_small(x: Tensor, channels: int) -> bool:
+    few = FEW_PRODUCTS.get(x.dtype, 0)
     if not x.is_contiguous():
-        few = FEW_PRODUCTS_LAST
+        few = FEW_PRODUCTS_LAST.get(x.dtype, 0)
         if x.numel() >= FEW_POSITIONS_LAST * x.shape[1] or not _is_last(x):
             return False
-    if x.numel() * weight.shape[0] >= few.get(x.dtype, 0):
+    if is_exact(x) and x.shape[0] >= TORCH_BATCH:
+        few >>= 1
+    if x.numel() * channels >= few:
         return False
     return is_exact(x) or products.multiplies_bfloat16()
+
+
+def small_products(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...] | None:
+    """Several 1×1 convolutions of one map where each would take long to begin: joined, if that is faster.
+
+    Args:
+        x: (B, C, *spatial).
+        layers: The weight and bias of each.
+
+    Returns:
+        One (B, C', *spatial) of each, views of one tensor where they were computed together; ``None`` where
+        nothing of this is faster.
+    """
+    weights = [weight for weight, _ in layers]
+    if not _is_as_given(x, *weights):
+        return None
+    biases = [bias for _, bias in layers if bias is not None]
+    multiply = _joined(x, weights) if len(biases) in (0, len(layers)) else None
+    if multiply is not None:
+        y = multiply(x, torch.cat(weights), torch.cat(biases) if biases else None)
+        return torch.split(y, [weight.shape[0] for weight in weights], dim=1)
+    if not _is_small(x, max(weight.shape[0] for weight in weights)):
+        return None
+    return tuple(small_product(x, weight, bias) for weight, bias in layers)
+
+
+def _joined(x: Tensor, weights: Sequence[Tensor]) -> Callable[..., Tensor] | None:
+    """What multiplies joined weights faster than one after the other, if anything does."""
+    values = sum([weight.numel() for weight in weights])
+    if values <= JOINED_WEIGHTS[x.dtype]:
+        if _is_small(x, values // x.shape[1]):
+            return small_product
+        few = not is_exact(x) and x.numel() * values < JOINED_PRODUCTS * x.shape[1]
+        if few and x.is_contiguous() and products.are_by_onednn(x.dtype, "cpu"):
+            return _one_product
+    if is_exact(x) and x.dim() == 4 and values <= CONVOLVED_WEIGHTS:
+        alone = 0 if torch.get_num_threads() > 1 else TORCH_BATCH - 1
+        results = x.numel() // x.shape[1] * (values // x.shape[1])
+        if x.shape[0] > alone and results <= CONVOLVED_RESULTS:
+            return F.conv2d
+    return None
+
+
+def _one_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return pointwise_products(x, [(weight, bias)])[0]
 
 
 def small_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -81,6 +138,9 @@ def small_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (B, C', *spatial), lying as ``x`` does.
     """
+    if x.shape[0] == 1 and x.dim() == 4 and is_exact(x):
+        # A product of MKL's as well, by fewer calls.
+        return F.conv2d(x, weight, bias)
     if not x.is_contiguous():
         return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     start = weight.new_zeros(1) if bias is None else bias.unsqueeze(1)
@@ -95,11 +155,12 @@ def may_go_by_products(x: Tensor, weight: Tensor) -> bool:
     return lies_well and products.are_by_onednn(x.dtype, x.device.type)
 
 
-def _is_as_given(x: Tensor, weight: Tensor) -> bool:
+def _is_as_given(x: Tensor, *weights: Tensor) -> bool:
     """Whether torch would convolve on a CPU, now, and in the dtype of both: float32 or bfloat16."""
     if not is_eager() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return False
-    return x.dtype == weight.dtype == working_dtype(x)
+    dtype = working_dtype(x)
+    return x.dtype == dtype and all(weight.dtype == dtype for weight in weights)
 
 
 def pointwise_products(
@@ -127,6 +188,8 @@ def pointwise_products(
 
 
 def _is_last(x: Tensor) -> bool:
+    if x.dim() in CHANNELS_LAST:
+        return x.stride(1) == 1 and x.is_contiguous(memory_format=CHANNELS_LAST[x.dim()])
     return x.stride(1) == 1 and x.movedim(1, -1).is_contiguous()
 
 

@@ -46,7 +46,7 @@ def tiny_chunks(monkeypatch):
     monkeypatch.setattr(affinity_tiles, "TILE_KEYS", 16)
 
 
-@pytest.mark.usefixtures("tiny_chunks")
+@pytest.mark.usefixtures("tiny_chunks", "positions")
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("sub_sample", [False, True], ids=["all", "sub"])
 @pytest.mark.parametrize(("mode", "form"), PAIRS)
@@ -89,6 +89,7 @@ def test_values_and_gradients_equal_the_explicit_form_s(mode, form, sizes):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.usefixtures("positions")
 @pytest.mark.parametrize(("mode", "form"), FAST)
 def test_gradcheck(mode, form):
     q, k, v = tokens(2, 4, 3), tokens(2, 5, 3, seed=1), tokens(2, 5, 3, seed=2)
@@ -297,6 +298,7 @@ def test_either_memory_format_takes_the_flash_path(memory_format):
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names
 
 
+@pytest.mark.usefixtures("positions")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("mode", "form"), [("embedded_gaussian", "auto"), *PAIRS])
 def test_half_precisions_stay_within_their_rounding(mode, form, dtype):
@@ -319,6 +321,7 @@ def test_fp16_sums_beyond_its_range_stay_finite():
     torch.testing.assert_close(y, torch.full_like(y, 8000.0))
 
 
+@pytest.mark.usefixtures("positions")
 @pytest.mark.parametrize(("mode", "form"), FAST)
 def test_forms_repeat_to_the_bit(mode, form):
     torch.manual_seed(0)
@@ -422,6 +425,7 @@ def test_eval_folds_batch_norm_and_leaves_parameters(monkeypatch):
     torch.testing.assert_close(block(x), hooked, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("positions")
 @pytest.mark.parametrize("child", ["theta", "phi", "g", "out"])
 @pytest.mark.parametrize("mode", ["embedded_gaussian", "concatenation"])
 def test_hooks_on_projections_run(mode, child):
@@ -432,6 +436,7 @@ def test_hooks_on_projections_run(mode, child):
     assert calls
 
 
+@pytest.mark.usefixtures("positions")
 @pytest.mark.parametrize(("mode", "form"), FAST)
 def test_gradients_can_be_differentiated_again(mode, form):
     torch.manual_seed(0)

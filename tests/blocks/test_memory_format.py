@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nlsurgery.blocks import NonLocal
+from nlsurgery.blocks import NonLocal, SelfAttention, attend
 from nlsurgery.blocks.geometry import CHANNELS_LAST
 from nlsurgery.blocks.memory_format import to_channels_last, to_format_of, transposed
+
+from .cases import BFLOAT16, MODES, randomised
 
 MAPS = [(2, 128, 20, 26), (1, 64, 32, 64), (1, 256, 4, 8, 9), (2, 3, 4, 5), (1, 1, 300, 300)]
 
@@ -66,3 +68,53 @@ def test_a_gradient_of_a_gradient(shape: tuple[int, ...]) -> None:
     (first,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     torch.testing.assert_close(second, 6 * x)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("size", [(9,), (3, 3), (2, 3, 3)], ids=str)
+@pytest.mark.parametrize("name", [*MODES, "self_attention"])
+def test_few_positions_of_many_channels_go_by_rows(
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    size: tuple[int, ...],
+    dtype: torch.dtype,
+    training: bool,
+) -> None:
+    seen: list[Tensor] = []
+    project = attend.to_rows
+    monkeypatch.setattr(attend, "to_rows", lambda x: seen.append(project(x)) or seen[-1])
+    block: nn.Module = (
+        SelfAttention(256, dims=len(size))
+        if name == "self_attention"
+        else NonLocal(256, dims=len(size), mode=name, zero_init=False)
+    )
+    block = randomised(block, std=0.05).to(dtype).train(training)
+    x = torch.randn(2, 256, *size).to(dtype).requires_grad_()
+    upstream = torch.randn_like(x)
+    found = []
+    for rows in (50, 0):
+        monkeypatch.setattr(attend, "FEW_ROWS", rows)
+        y = block(x)
+        assert y.is_contiguous()
+        found.append([y, *torch.autograd.grad(y, [x, *block.parameters()], upstream)])
+        assert len(seen) == (0 if name == "gaussian" else 1)
+    assert all(rows.stride(1) == 1 for rows in seen)
+    wide = x.detach().double().requires_grad_()
+    y = block.double()(wide)
+    exact = [y, *torch.autograd.grad(y, [wide, *block.parameters()], upstream.double())]
+    limit = 1e-5 if dtype == torch.float32 else 5e-3
+    for rows, columns, expected in zip(*found, exact, strict=True):
+        # Some of these gradients are 0 but for rounding, in either order.
+        error, other = (rows - expected).norm(), (columns - expected).norm()
+        assert error <= 4 * other + limit * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [(9,), (3, 3), (2, 3, 3)], ids=str)
+def test_the_identity_by_rows(size: tuple[int, ...], dtype: torch.dtype) -> None:
+    block = NonLocal(256, dims=len(size)).to(dtype).eval()
+    x = torch.randn(2, 256, *size).to(dtype)
+    y = block(x)
+    assert torch.equal(y, x)
+    assert y.stride() == x.stride()

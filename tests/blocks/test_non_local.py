@@ -36,6 +36,7 @@ FORMS = [
 ]
 
 
+@pytest.mark.usefixtures("positions")
 @pytest.mark.parametrize(("dims", "options"), FORMS)
 def test_matches_the_formula(dims, options):
     x = feature_map(dims)
@@ -46,6 +47,7 @@ def test_matches_the_formula(dims, options):
     torch.testing.assert_close(block(x), expected, **EXACT)
 
 
+@pytest.mark.usefixtures("positions")
 @pytest.mark.parametrize("mode", MODES)
 def test_matches_the_formula_without_norm_and_bias(mode):
     x = feature_map(2)
@@ -77,6 +79,7 @@ def test_other_norms_match_their_definition(norm):
     torch.testing.assert_close(block(x), expected, **EXACT)
 
 
+@pytest.mark.usefixtures("positions")
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_self_attention_matches_the_formula(dims):
     x = feature_map(dims)

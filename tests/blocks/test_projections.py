@@ -13,7 +13,7 @@ from nlsurgery.blocks.geometry import CONVS
 from nlsurgery.blocks.projection import is_small_product
 from nlsurgery.blocks.residual import project_together
 
-from .cases import BFLOAT16
+from .cases import BFLOAT16, needs_bfloat16
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -24,6 +24,8 @@ def _small_maps_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(residual, "MANY_POSITIONS_BFLOAT16", 1)
     monkeypatch.setattr("nlsurgery.blocks.projection.FEW_PRODUCTS", {})
     monkeypatch.setattr("nlsurgery.blocks.projection.FEW_PRODUCTS_LAST", {})
+    monkeypatch.setattr("nlsurgery.blocks.projection.JOINED_PRODUCTS", 0)
+    monkeypatch.setattr("nlsurgery.blocks.projection.CONVOLVED_WEIGHTS", 0)
 
 
 def layers(dims: int, biases: tuple[bool, ...] = (True, True, True)) -> list[nn.Module]:
@@ -113,6 +115,39 @@ def test_projections_that_are_not_plain_are_called(change: str) -> None:
         torch.testing.assert_close(ours, projection(x))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2, 16])
+def test_small_results_come_from_one_convolution(
+    monkeypatch: pytest.MonkeyPatch, batch: int, threads: int
+) -> None:
+    monkeypatch.setattr("nlsurgery.blocks.projection.CONVOLVED_WEIGHTS", 8 * 22)
+    monkeypatch.setattr(residual, "MANY_POSITIONS", 1 << 20)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x = torch.randn(batch, 8, 5, 5)
+    together = threads == 2 or batch == 16
+    assert count_of_convolutions(x, layers(2)) == (1 if together else 3)
+    monkeypatch.setattr("nlsurgery.blocks.projection.CONVOLVED_RESULTS", batch * 25 * 22 - 1)
+    assert count_of_convolutions(x, layers(2)) == 3
+
+
+@needs_bfloat16
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("batch", [1, 2])
+def test_bfloat16_weights_are_joined_up_to_a_size(
+    monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    x = torch.randn(batch, 8, 5, 5).bfloat16()
+    modules = [module.bfloat16() for module in layers(2)]
+    monkeypatch.setattr("nlsurgery.blocks.projection.JOINED_PRODUCTS", x.numel() * 22 + 1)
+    found = project_together(x, *modules)
+    assert all(y._base is found[0]._base is not None for y in found)
+    for y, module in zip(found, modules, strict=True):
+        torch.testing.assert_close(y, module(x), rtol=1e-2, atol=1e-2)
+    monkeypatch.setattr("nlsurgery.blocks.projection.JOINED_PRODUCTS", x.numel() * 22)
+    monkeypatch.setattr(residual, "MANY_POSITIONS_BFLOAT16", 1 << 20)
+    assert count_of_convolutions(x, modules) == 3
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("form", ["fused", "chunked"])
 @pytest.mark.parametrize("channels", [8, 32])
@@ -155,12 +190,20 @@ def test_small_projections_are_products(
     made = [m.double()(wide) for m in exact]
     parameters = [wide, *(p for m in exact for p in m.parameters())]
     expected = [*made, *torch.autograd.grad(made, parameters, [dy.double() for dy in given])]
-    kind = FORMATS[dims + 2] if last else torch.contiguous_format
-    assert all(y.is_contiguous(memory_format=kind) for y in found[:3])
+    # Views of one result, each with its channels as far apart as those of x.
+    assert all(y._base is found[0]._base is not None for y in found[:3])
+    assert all(y.stride(1) == (1 if last else x.shape[2:].numel()) for y in found[:3])
     for one, other in zip(found, expected, strict=True):
         assert (one.dtype, one.shape) == (dtype, other.shape)
         assert (one.double() - other).norm() < (
             1e-6 if dtype == torch.float32 else 6e-3
+        ) * other.norm()
+    monkeypatch.setattr("nlsurgery.blocks.projection.JOINED_WEIGHTS", {dtype: 1})
+    apart = project_together(x, *modules)
+    assert not any(y._base is apart[0] for y in apart[1:])
+    for one, other in zip(apart, made, strict=True):
+        assert (one.double() - other).norm() < (
+            1e-6 if one.dtype == x.dtype == torch.float32 else 6e-3
         ) * other.norm()
     # Not larger ones, nor under autocast, nor what lies otherwise, nor what has to be called.
     assert not is_small_product(x.repeat(1000, *[1] * (dims + 1)), modules[0].weight)
