@@ -30,8 +30,8 @@ FEW_QUERIES = 1 << 7
 FEW_ROWS, ROW_CHANNELS = 50, (1 << 8, 1 << 10)
 #: In bfloat16 not for more multiplications with a square weight.
 ROW_PRODUCTS = 1 << 27
-#: Up to so many logits calls of torch's take longer than what they compute.
-FEW_LOGITS = 1 << 15
+#: Up to so many logits calls of torch's take longer than what they compute, but in half precisions.
+FEW_LOGITS, FEW_LOGITS_HALF = 1 << 17, 1 << 15
 
 
 def num_keys(spatial: Sequence[int], sub_sample: bool) -> int:
@@ -117,7 +117,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, implementat
             device_type=v.device.type,
         )
     if form in ("explicit", "reassociated") and _are_few(v, num_queries):
-        return _attend_few(q, k, v, mode, scale, form)
+        return attend_few(q, k, v, mode, scale, form)
     queries, keys, values = to_tokens(q), to_tokens(k), to_tokens(v)
     if implementation == "auto" and mode in SOFTMAX_MODES:
         form = _without_denormals(form, queries, keys, v.dtype, scale)
@@ -136,11 +136,24 @@ def _are_few(v: Tensor, num_queries: int) -> bool:
     """Whether plain operators take longer to call than to attend to values (B, V, *key sizes)."""
     if not is_eager() or v.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    return v.numel() * num_queries <= FEW_LOGITS * v.shape[1]
+    few = FEW_LOGITS_HALF if v.itemsize == 2 else FEW_LOGITS
+    return v.numel() * num_queries <= few * v.shape[1]
 
 
-def _attend_few(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, form: str) -> Tensor:
-    """:func:`attend` by no more calls than it takes."""
+def attend_few(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, form: str) -> Tensor:
+    """:func:`attend` by no more calls than it takes, without autocast.
+
+    Args:
+        q: (B, C', *spatial) queries, as :func:`attend` takes them.
+        k: (B, C', *key sizes).
+        v: (B, V, *key sizes).
+        mode: The pairwise function.
+        scale: The factor on the logits of the softmax modes.
+        form: ``explicit`` or ``reassociated``.
+
+    Returns:
+        (B, V, *spatial), in the dtype of ``v``.
+    """
     batch, channels, given = v.shape[0], v.shape[1], v.dtype
     queries, keys, values = q.flatten(2), k.flatten(2), v.flatten(2)
     if (dtype := accumulator(given)) != given:

@@ -19,6 +19,7 @@ from nlsurgery.blocks.affinity import (
 from nlsurgery.blocks.affinity_concat import scalar_sum_map
 from nlsurgery.blocks.attend import attend, laid_out, logit_part, logits_and_values, num_keys
 from nlsurgery.blocks.choose import checked_implementation, choose_implementation
+from nlsurgery.blocks.few import are_few, few_non_local
 from nlsurgery.blocks.geometry import (
     checked_input,
     choice,
@@ -57,6 +58,8 @@ PoolOrder = Literal["after_conv", "before_conv"]
 Norm = Literal["bn", "ln", "gn", "none"]
 Implementation = Literal["auto", "explicit", "fused", "chunked", "reassociated", "sorted"]
 POOL_ORDERS = ("after_conv", "before_conv")
+#: The modes whose queries and keys are projected.
+_PROJECTED = ("embedded_gaussian", "dot_product")
 
 
 class NonLocal(nn.Module):
@@ -173,6 +176,10 @@ class NonLocal(nn.Module):
             BlockError: ``x`` has another number of channels or dimensions.
         """
         x = checked_input(x, self.in_channels, self.dims)
+        if self.mode in _PROJECTED and self.implementation == "auto" and not self.sub_sample:
+            z = self._of_few(x) if are_few(x) else None
+            if z is not None:
+                return z
         source = laid_out(x, self.mode, self._sizes, self.sub_sample, self.implementation)
         q, k, v, scale = self._projections(source)
         y = attend(q, k, v, self.mode, scale, self.implementation)
@@ -227,6 +234,10 @@ class NonLocal(nn.Module):
         head = self.in_channels if self.mode == "gaussian" else self.inter_channels
         return head, self.inter_channels
 
+    def _of_few(self, x: Tensor) -> Tensor | None:
+        projections = self.theta, self.phi, self.g
+        return few_non_local(x, projections, self.out, self.norm, self.mode, self.scale)
+
     def _pooled(self, x: Tensor, order: str) -> Tensor:
         return pool_keys(x) if self.sub_sample and self.pool_order == order else x
 
@@ -236,7 +247,7 @@ class NonLocal(nn.Module):
         In ``concatenation`` the two parts of the logits in place of queries and keys.
         """
         early = self._pooled(x, "before_conv")
-        if self.mode in ("embedded_gaussian", "dot_product"):
+        if self.mode in _PROJECTED:
             if early is x:
                 (q, k, v), scale = project_scaled(x, self.scale, self.theta, self.phi, self.g)
             else:

@@ -20,7 +20,7 @@ from nlsurgery.blocks.affinity import differentiable_gradients, scaled
 from nlsurgery.blocks.geometry import CHANNELS_LAST, is_eager, working_dtype
 from nlsurgery.blocks.products import is_exact, product, product_and
 
-#: Float32 batches from which on torch itself takes oneDNN; with more than one thread it does from two on.
+#: Float32 batches from which on torch itself takes oneDNN, as with more than one thread.
 TORCH_BATCH = 16
 #: Below so many multiplications to begin takes longer than to multiply.
 MANY_PRODUCTS = 1 << 22
@@ -55,7 +55,7 @@ def goes_by_products(x: Tensor, weight: Tensor) -> bool:
     if not may_go_by_products(x, weight):
         return False
     if is_exact(x):
-        return x.shape[0] < TORCH_BATCH and torch.get_num_threads() == 1
+        return not torch_takes_onednn(x)
     return x.is_contiguous() and (x.shape[0] == 1 or weight.numel() <= BATCH_WEIGHTS)
 
 
@@ -116,15 +116,19 @@ def _joined(x: Tensor, weights: Sequence[Tensor]) -> Callable[..., Tensor] | Non
         if few and x.is_contiguous() and products.are_by_onednn(x.dtype, "cpu"):
             return _one_product
     if is_exact(x) and x.dim() == 4 and values <= CONVOLVED_WEIGHTS:
-        alone = 0 if torch.get_num_threads() > 1 else TORCH_BATCH - 1
         results = x.numel() // x.shape[1] * (values // x.shape[1])
-        if x.shape[0] > alone and results <= CONVOLVED_RESULTS:
+        if results <= CONVOLVED_RESULTS and torch_takes_onednn(x):
             return F.conv2d
     return None
 
 
 def _one_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return pointwise_products(x, [(weight, bias)])[0]
+
+
+def torch_takes_onednn(x: Tensor) -> bool:
+    """Whether torch's float32 convolutions of a map on a CPU go by oneDNN (``Convolution.cpp``)."""
+    return torch.get_num_threads() > 1 or x.shape[0] >= TORCH_BATCH
 
 
 def small_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -138,7 +142,7 @@ def small_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (B, C', *spatial), lying as ``x`` does.
     """
-    if x.shape[0] == 1 and x.dim() == 4 and is_exact(x):
+    if is_exact(x) and x.dim() == 4 and (x.shape[0] == 1 or not torch_takes_onednn(x)):
         # A product of MKL's as well, by fewer calls.
         return F.conv2d(x, weight, bias)
     if not x.is_contiguous():

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nlsurgery.blocks.geometry import CHANNELS_LAST, is_compiled, is_eager, working_dtype
 from nlsurgery.blocks.memory_format import to_format_of
 from nlsurgery.blocks.norms import BatchNorm
-from nlsurgery.blocks.products import is_power_of_two
+from nlsurgery.blocks.products import is_exact, is_power_of_two
 from nlsurgery.blocks.projection import (
     goes_by_products,
     is_small_product,
@@ -27,6 +27,7 @@ from nlsurgery.blocks.projection import (
     pointwise_products,
     small_product,
     small_products,
+    torch_takes_onednn,
 )
 
 #: Below so many values, batch normalisation takes less time than folding it.
@@ -180,6 +181,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _FUNCTIONS[x.dim()](x, weight, bias)
     tokens = x.movedim(1, -1)
     if tokens.is_contiguous():
+        if is_eager() and x.device.type == "cpu" and is_exact(x) and torch_takes_onednn(x):
+            y = F.conv2d(x.flatten(2, 3), weight.flatten(3), bias)
+            return y.view(*y.shape[:2], *x.shape[2:])
         return F.linear(tokens, weight.flatten(1), bias).movedim(-1, 1)
     y = F.conv2d(x.flatten(3), weight.flatten(3), bias)
     return y.reshape(*y.shape[:3], *x.shape[3:])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from nlsurgery.blocks import attend, products
+from nlsurgery.blocks import attend, few, products
 
 
 @pytest.fixture
@@ -21,9 +21,12 @@ def onednn(monkeypatch):
     monkeypatch.setattr(products, "fuses_bfloat16", lambda: False)
 
 
-@pytest.fixture(params=["few positions", "any number"])
+@pytest.fixture(params=["few values", "few positions", "any number"])
 def positions(request, monkeypatch):
-    """Small inputs as such, and as if they were of a size for which the general functions are called."""
+    """Small inputs as such, and as if they were of sizes for which less special functions are called."""
+    if request.param != "few values":
+        monkeypatch.setattr(few, "FEW_VALUES", 0)
     if request.param == "any number":
         monkeypatch.setattr(attend, "FEW_LOGITS", -1)
+        monkeypatch.setattr(attend, "FEW_LOGITS_HALF", -1)
         monkeypatch.setattr(attend, "FEW_QUERIES", -1)

@@ -14,6 +14,7 @@ from nlsurgery.blocks import (
     affinity_chunks,
     affinity_explicit,
     affinity_tiles,
+    few,
     residual,
 )
 from nlsurgery.blocks.affinity import plain_attend
@@ -410,6 +411,7 @@ def test_the_choice_is_visible_on_the_block():
 
 def test_eval_folds_batch_norm_and_leaves_parameters(monkeypatch):
     monkeypatch.setattr(residual, "FOLDED_VALUES", 1)
+    monkeypatch.setattr(few, "FEW_VALUES", 0)
     block = randomised(NonLocal(6, 4).double()).eval()
     before = {key: value.clone() for key, value in block.state_dict().items()}
     x = feature_map(2)

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from nlsurgery.blocks import NonLocal, SelfAttention
+from nlsurgery.blocks import NonLocal, SelfAttention, few
 from nlsurgery.errors import BlockError
 
-from .cases import MODES, feature_map, randomised
+from .cases import BFLOAT16, MODES, feature_map, randomised
 from .reference import attended, batch_norm, conv1x1, non_local, pairwise
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -147,3 +147,56 @@ def test_wrong_options_are_block_errors(options, message):
 def test_wrong_input_is_a_block_error(block, shape):
     with pytest.raises(BlockError, match=r"expects \(B, 6, H, W\), got \("):
         block(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("norm", ["bn", "gn", "none"])
+@pytest.mark.parametrize("mode", ["embedded_gaussian", "dot_product"])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_few_values_take_fewer_calls(monkeypatch, dims, dtype, mode, norm):
+    def run(block, x):
+        y = block(x)
+        return [y, *torch.autograd.grad(y, [x, *block.parameters()], upstream)]
+
+    block = NonLocal(64, dims=dims, mode=mode, norm=norm, zero_init=False, bias=norm != "none")
+    block = randomised(block, std=0.1).to(dtype)
+    x = torch.randn(2, 64, *(4, 3, 3)[:dims]).to(dtype).requires_grad_()
+    upstream = torch.randn_like(x)
+    seen = []
+    monkeypatch.setattr(
+        "nlsurgery.blocks.non_local.few_non_local",
+        lambda *given: seen.append(few.few_non_local(*given)) or seen[-1],
+    )
+    found = run(block, x)
+    assert len(seen) == 1
+    assert seen[0] is found[0]
+    monkeypatch.setattr(few, "FEW_VALUES", x.numel())
+    other = run(block, x)
+    assert len(seen) == 1
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    for one, another in zip(found, other, strict=True):
+        assert (one - another).norm() <= limit * another.norm() + limit
+
+
+def test_few_values_of_what_has_to_be_called_are_not_taken(monkeypatch):
+    block = NonLocal(8, zero_init=False)
+    x = torch.randn(2, 8, 3, 3)
+    plain = block(x)
+    for name in ("theta", "phi", "g", "out"):
+        hook = getattr(block, name).register_forward_hook(lambda *args: 2 * args[2])
+        assert not torch.allclose(block(x), plain), name
+        hook.remove()
+    torch.testing.assert_close(block(x), plain)
+    assert few.are_few(x)
+    assert not few.are_few(x.to(memory_format=torch.channels_last))
+    assert not few.are_few(x.half())
+    assert not few.are_few(nn.Parameter(x))
+    with torch.autocast("cpu"):
+        assert not few.are_few(x)
+        assert block(x).dtype == torch.float32
+    given = x, (block.theta, block.phi, block.g), block.out, block.bn, block.mode, 1.0
+    monkeypatch.setattr(few, "FEW_WEIGHTS", 3 * 4 * 8)
+    assert few.few_non_local(*given) is not None
+    monkeypatch.setattr(few, "FEW_WEIGHTS", 3 * 4 * 8 - 1)
+    assert few.few_non_local(*given) is None
+    torch.testing.assert_close(block(x), plain)
