@@ -24,6 +24,8 @@ from nlsurgery.blocks.products import is_exact, product, product_and
 TORCH_BATCH = 16
 #: Below so many multiplications to begin takes longer than to multiply.
 MANY_PRODUCTS = 1 << 22
+#: The same of an item of a float32 batch.
+MANY_ITEM_PRODUCTS = 3 << 19
 #: Up to how many multiplications torch's products take less time than its convolutions, and than ours; in
 #: float32 half as many from :data:`TORCH_BATCH` on.
 FEW_PRODUCTS = dict.fromkeys((torch.float32, torch.bfloat16), MANY_PRODUCTS)
@@ -55,7 +57,10 @@ def goes_by_products(x: Tensor, weight: Tensor) -> bool:
     if not may_go_by_products(x, weight):
         return False
     if is_exact(x):
-        return not torch_takes_onednn(x)
+        # An item at a time where channels come first.
+        items = x.shape[0] if x.is_contiguous() else 1
+        many = x.numel() * weight.shape[0] >= MANY_ITEM_PRODUCTS * items
+        return many and not torch_takes_onednn(x)
     return x.is_contiguous() and (x.shape[0] == 1 or weight.numel() <= BATCH_WEIGHTS)
 
 
