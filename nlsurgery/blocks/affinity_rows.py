@@ -129,10 +129,9 @@ def attended(
     y = v.new_empty(q.shape[0], v.shape[2], q.shape[1])
     total = q.new_empty(q.shape[0], q.shape[1] if has_backward else 0, dtype=torch.float32)
     rows = q.shape[1] if whole else rows_at_a_time(k.shape[1], v)
-    places = None if grids is None or is_exact(v) else at_places(*grids, q.device)
     is_narrow = True
     for b in range(q.shape[0]):
-        item = _Item(q[b], k[b], v[b], scale, places, is_narrow=is_narrow)
+        item = _Item(q[b], k[b], v[b], scale, grids, is_narrow=is_narrow)
         for i in pieces(q.shape[1], rows):
             weights, sums, shift = item.attend(i, y[b, :, i])
             if kept is not None:
@@ -153,7 +152,7 @@ class _Item:
         k: (M, C') keys.
         v: (M, V) values.
         scale: The factor on the logits.
-        places: (N,), for each bfloat16 query a key whose logit is likely its largest one, if that is known.
+        grids: Where a query's largest logit is likely that of the key at its place.
         is_narrow: Whether most bfloat16 rows are thought to have their largest logit not far from that one,
             or from 0.
     """
@@ -164,7 +163,7 @@ class _Item:
         k: Tensor,
         v: Tensor,
         scale: float,
-        places: Tensor | None,
+        grids: Grids | None,
         *,
         is_narrow: bool,
     ) -> None:
@@ -174,8 +173,8 @@ class _Item:
             self.queries, keys = factors(q, k, scale)
             self.keys = first_factor(keys)
             self.shift = self.queries.new_full(q.shape[:1], SHIFT, dtype=torch.float32)
-            if places is not None and is_narrow:
-                self.shift.add_(_logits_at(places, q, k), alpha=scale)
+            if grids is not None and is_narrow:
+                self.shift.add_(logits_at_places(q, k, grids), alpha=scale)
 
     def attend(self, i: slice, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Attend to the values.
@@ -231,31 +230,41 @@ class _Item:
         return weights.t(), p.sum(-1), shift.squeeze(1).mul_(LOG_2)
 
 
-def at_places(spatial: Sequence[int], key_sizes: Sequence[int], device: torch.device) -> Tensor:
-    """Which key of a pooled map lies where a query does.
+def logits_at_places(q: Tensor, k: Tensor, grids: Grids) -> Tensor:
+    """The rounded logit of each query with the key at its place, or with the one its place is pooled into.
 
     Args:
-        spatial: The sizes of the queries' map.
-        key_sizes: The sizes of the keys' map, as many.
-        device: Where the result lies.
+        q: (N, C') queries, bfloat16.
+        k: (M, C') keys.
+        grids: The sizes of the queries' map, and of the keys' map.
 
     Returns:
-        (N,), in each size the place of a query divided by how many share a key.
+        (N,), bfloat16.
     """
-    places = torch.zeros(1, dtype=torch.int64, device=device)
-    for size, keys in zip(spatial, key_sizes, strict=True):
-        # What is left over at the end of an odd size has been pooled into no key.
-        along = torch.arange(size, device=device).div_(size // keys, rounding_mode="floor")
-        places = (places.unsqueeze(1) * keys + along.clamp_(max=keys - 1)).flatten()
-    return places
+    if q.shape[0] == k.shape[0]:
+        return (q * k).sum(1)
+    spatial, key_sizes = grids
+    is_first = k.stride(0) == 1
+    spread = k.t().view(-1, *key_sizes) if is_first else k.view(*key_sizes, -1)
+    for dim in reversed(range(len(spatial))):
+        spread = _spread(spread, dim + is_first, spatial[dim])
+    return (q * (spread.flatten(1).t() if is_first else spread.flatten(0, -2))).sum(1)
 
 
-def _logits_at(places: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    """The rounded logit of each query (N, C') with its key of (M, C'), (N,)."""
-    if places.shape[0] != k.shape[0]:
-        # Copied in the order in which keys lie.
-        k = k.t().index_select(1, places).t() if k.stride(0) == 1 else k[places]
-    return (q * k).sum(1)
+def _spread(x: Tensor, dim: int, size: int) -> Tensor:
+    """As many of a bfloat16 dimension as before it was pooled; what was left over gets the last value."""
+    count = x.shape[dim]
+    step, rest = divmod(size, count)
+    if step == 2 and dim == x.dim() - 1 and x.is_contiguous():
+        # Two halves of a 32-bit number: to copy value by value takes four times as long.
+        x = x.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF).mul_(0x10001).view(x.dtype)
+    elif step > 1:
+        shape = *x.shape[: dim + 1], step, *x.shape[dim + 1 :]
+        x = x.unsqueeze(dim + 1).expand(shape).flatten(dim, dim + 1)
+    if rest:
+        last = x.narrow(dim, x.shape[dim] - 1, 1)
+        x = torch.cat([x, *[last] * rest], dim)
+    return x
 
 
 def to_powers(logits: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from functools import partial
 
@@ -20,7 +21,7 @@ from nlsurgery.blocks import (
     products,
 )
 from nlsurgery.blocks.affinity_explicit import explicit_attend
-from nlsurgery.blocks.affinity_rows import at_places, row_attend
+from nlsurgery.blocks.affinity_rows import logits_at_places, row_attend
 from nlsurgery.blocks.affinity_softmax import has_denormal_weights, softmax_attend
 from nlsurgery.blocks.attend import attend
 from nlsurgery.blocks.choose import choose_implementation, without_denormals
@@ -385,15 +386,25 @@ def test_every_layout(monkeypatch, last, many, keep):
         assert error(one, other) < limit
 
 
-@pytest.mark.parametrize("spatial", [(9,), (8, 6), (7, 5), (3, 1), (2, 5, 4), (1, 1)], ids=str)
-def test_which_key_lies_where_a_query_does(spatial):
+@pytest.mark.parametrize("last", [True, False], ids=["tokens", "channels"])
+@pytest.mark.parametrize(
+    "spatial", [(9,), (8,), (8, 6), (7, 5), (3, 1), (3, 3), (2, 5, 4), (3, 4, 7), (1, 1)], ids=str
+)
+def test_which_key_lies_where_a_query_does(spatial, last):
     key_sizes = pool_keys(torch.zeros(1, 1, *spatial)).shape[2:]
-    places = at_places(spatial, key_sizes, torch.device("cpu"))
-    of_each = places.view(1, 1, *spatial).float()
+    # Numbers of keys, and their negatives against queries of two channels, of which one is 0.
+    number = torch.arange(key_sizes.numel()).bfloat16()
+    k = torch.stack([number, -number], 0 if not last else 1)
+    k = k if last else k.t()
+    q = torch.tensor([[1.0, 0.0]]).repeat(math.prod(spatial), 1).bfloat16()
+    q = q if last else q.t().contiguous().t()
+    of_each = logits_at_places(q, k, (spatial, key_sizes)).view(1, 1, *spatial).float()
     # The largest and the smallest number among what is pooled into a key are both that key's.
-    expected = torch.arange(key_sizes.numel()).view(1, 1, *key_sizes).float()
+    expected = number.view(1, 1, *key_sizes).float()
     assert torch.equal(pool_keys(of_each), expected)
     assert torch.equal(-pool_keys(-of_each), expected)
+    negative = logits_at_places(q.flip(1), k, (spatial, key_sizes)).view(1, 1, *spatial)
+    assert torch.equal(negative.float(), -of_each)
 
 
 @needs_bfloat16
