@@ -27,8 +27,20 @@ LAYOUT = {3: None, 4: torch.channels_last, 5: torch.channels_last_3d}
 @pytest.fixture
 def every_projection(monkeypatch, onednn):
     monkeypatch.setattr(projection, "MANY_PRODUCTS", 0)
+    monkeypatch.setattr(projection, "MANY_ITEM_PRODUCTS", 0)
     monkeypatch.setattr(projection, "FEW_PRODUCTS", {})
     monkeypatch.setattr(projection, "FEW_PRODUCTS_LAST", {})
+
+
+@pytest.mark.usefixtures("every_projection")
+def test_small_items_of_a_batch_are_convolved(monkeypatch):
+    x, weight = torch.randn(4, 8, 5, 5), torch.randn(6, 8, 1, 1)
+    monkeypatch.setattr(projection, "MANY_ITEM_PRODUCTS", 8 * 25 * 6)
+    assert goes_by_products(x, weight)
+    monkeypatch.setattr(projection, "MANY_ITEM_PRODUCTS", 8 * 25 * 6 + 1)
+    assert not goes_by_products(x, weight)
+    # Of channels last all positions are the rows of one product.
+    assert goes_by_products(x.to(memory_format=torch.channels_last), weight)
 
 
 @pytest.mark.usefixtures("every_projection")
