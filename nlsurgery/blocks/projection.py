@@ -122,7 +122,7 @@ def _joined(x: Tensor, weights: Sequence[Tensor]) -> Callable[..., Tensor] | Non
             return _one_product
     if is_exact(x) and x.dim() == 4 and values <= CONVOLVED_WEIGHTS:
         results = x.numel() // x.shape[1] * (values // x.shape[1])
-        if results <= CONVOLVED_RESULTS and torch_takes_onednn(x):
+        if 0 < results <= CONVOLVED_RESULTS and torch_takes_onednn(x):
             return F.conv2d
     return None
 
@@ -147,8 +147,9 @@ def small_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     Returns:
         (B, C', *spatial), lying as ``x`` does.
     """
-    if is_exact(x) and x.dim() == 4 and (x.shape[0] == 1 or not torch_takes_onednn(x)):
-        # A product of MKL's as well, by fewer calls.
+    by_mkl = x.shape[0] == 1 or not torch_takes_onednn(x)
+    if by_mkl and is_exact(x) and x.dim() == 4 and x.numel() > 0:
+        # That product by fewer calls; of no positions there is no convolution.
         return F.conv2d(x, weight, bias)
     if not x.is_contiguous():
         return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)

@@ -200,3 +200,15 @@ def test_few_values_of_what_has_to_be_called_are_not_taken(monkeypatch):
     monkeypatch.setattr(few, "FEW_WEIGHTS", 3 * 4 * 8 - 1)
     assert few.few_non_local(*given) is None
     torch.testing.assert_close(block(x), plain)
+
+
+@pytest.mark.usefixtures("positions")
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("size", [(0,), (0, 4), (3, 0, 2)], ids=str)
+@pytest.mark.parametrize("batch", [0, 1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_maps_of_no_positions(monkeypatch, mode, batch, size, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x = torch.randn(batch, 8, *size)
+    block = NonLocal(8, dims=len(size), mode=mode, zero_init=False).eval()
+    assert block(x).shape == x.shape
