@@ -27,6 +27,8 @@ _FORMS = {
 FUSED_CHANNELS = 128
 #: A float32 map of so many values in all (1 MB) is formed by plain operations on a CPU.
 SMALL_MAPS = 1 << 18
+#: Values of so many channels take longer to gather than to multiply, in bfloat16.
+WIDE_VALUES = 256
 #: Up to so many keys, a bfloat16 map on a CPU is formed by plain operations.
 SMALL_MAP = 128
 #: Logits of a batch item up to which items go together where each would go by oneDNN's products alone, by
@@ -93,7 +95,9 @@ def choose_implementation(
         pays = reassociation_pays(num_queries, num_keys, head_size)
         return "reassociated" if pays else "explicit"
     if mode == "concatenation":
-        crossover = min(200, max(160, value_size // 2)) if device_type == "cpu" else 1024
+        crossover = 1024
+        if device_type == "cpu":
+            crossover = _sorted_from(batch * num_queries * num_keys, value_size, dtype)
         pays = num_queries * num_keys > crossover * (num_queries + num_keys)
         return "sorted" if pays else "explicit"
     if products.are_by_onednn(dtype, device_type):
@@ -111,6 +115,16 @@ def choose_implementation(
         # The backward of memory-efficient attention adds atomically.
         return "explicit" if num_keys <= value_size else "chunked"
     return "fused"
+
+
+def _sorted_from(weights: int, value_size: int, dtype: torch.dtype) -> int:
+    """From which N·M / (N + M) on sorting takes less on a CPU than weights of that number in all."""
+    narrow = dtype == torch.bfloat16
+    if narrow and value_size >= WIDE_VALUES and weights <= 4 * SMALL_MAPS:
+        return 400
+    if weights <= SMALL_MAPS:
+        return 240 if narrow else 220
+    return min(200, max(160, value_size // 2))
 
 
 def fits(num_keys: int, value_size: int) -> bool:

@@ -402,6 +402,29 @@ def test_the_choice_on_cpu_in_bfloat16(num_keys, head_size, expected):
     assert choose_implementation("embedded_gaussian", **sizes) == expected
 
 
+@pytest.mark.parametrize(
+    ("dtype", "batch", "num_keys", "value_size", "expected"),
+    [
+        (torch.float32, 1, 440, 24, "explicit"),
+        (torch.float32, 1, 441, 24, "sorted"),
+        (torch.float32, 2, 361, 32, "explicit"),
+        (torch.float32, 2, 363, 32, "sorted"),
+        (torch.float32, 8, 324, 512, "explicit"),
+        (torch.bfloat16, 1, 480, 24, "explicit"),
+        (torch.bfloat16, 1, 481, 24, "sorted"),
+        (torch.bfloat16, 8, 321, 24, "sorted"),
+        (torch.bfloat16, 1, 784, 256, "explicit"),
+        (torch.bfloat16, 1, 784, 255, "sorted"),
+        (torch.bfloat16, 2, 784, 256, "sorted"),
+        (torch.bfloat16, 1, 801, 256, "sorted"),
+    ],
+)
+def test_the_choice_of_concatenation(dtype, batch, num_keys, value_size, expected):
+    sizes = {"num_queries": num_keys, "num_keys": num_keys, "head_size": 1, "batch": batch}
+    found = choose_implementation("concatenation", value_size=value_size, dtype=dtype, **sizes)
+    assert found == expected
+
+
 def test_the_choice_is_visible_on_the_block():
     block = NonLocal(16, mode="dot_product")
     assert block.chosen_implementation((1, 16, 2, 2)) == "explicit"
