@@ -37,6 +37,39 @@ def are_few(x: Tensor) -> bool:
     return x.dtype in (torch.float32, torch.float64)
 
 
+def few_attended(
+    x: Tensor, projections: Sequence[nn.Module], mode: str, scale: float
+) -> Tensor | None:
+    """Queries, keys and values of all positions, and the attended map.
+
+    Args:
+        x: (B, C, *spatial) of which :func:`are_few` is true.
+        projections: The 1×1 convolutions of queries, keys and values (V channels).
+        mode: The pairwise function: ``embedded_gaussian`` or ``dot_product``.
+        scale: The factor on the logits.
+
+    Returns:
+        (B, V, *spatial); ``None`` where a projection has to be called, or is not of its dtype.
+    """
+    if not all(is_plain(module) for module in projections):
+        return None
+    layers = [parameters_of(module) for module in projections]
+    weights = [weight for weight, _ in layers]
+    biases = [bias for _, bias in layers if bias is not None]
+    if len(biases) not in (0, 3) or sum([w.numel() for w in weights]) > FEW_WEIGHTS:
+        return None
+    for weight in weights:
+        if weight.dtype != x.dtype:
+            return None
+    y = small_product(x, torch.cat(weights), torch.cat(biases) if biases else None)
+    q, k, v = torch.split(y, [weight.shape[0] for weight in weights], 1)
+    form = "explicit"
+    if mode == "dot_product":
+        positions = x.shape[2:].numel()
+        form = "reassociated" if reassociation_pays(positions, positions, q.shape[1]) else form
+    return attend_few(q, k, v, mode, scale, form)
+
+
 def few_non_local(
     x: Tensor,
     projections: Sequence[nn.Module],
@@ -45,7 +78,7 @@ def few_non_local(
     mode: str,
     scale: float,
 ) -> Tensor | None:
-    """The block whose keys are all positions, in ``embedded_gaussian`` or ``dot_product`` mode.
+    """:func:`few_attended`, and the rest of a non-local block.
 
     Args:
         x: (B, C, *spatial) of which :func:`are_few` is true.
@@ -56,26 +89,13 @@ def few_non_local(
         scale: The factor on the logits.
 
     Returns:
-        A new tensor like ``x``; ``None`` where something has to be called, or is not of its dtype.
+        A new tensor like ``x``; ``None`` where :func:`few_attended` returns that.
     """
-    for module in (*projections, out):
-        if not is_plain(module):
-            return None
-    layers = [parameters_of(module) for module in projections]
-    weights = [weight for weight, _ in layers]
-    biases = [bias for _, bias in layers if bias is not None]
-    last = parameters_of(out)
-    if len(biases) not in (0, 3) or sum([w.numel() for w in weights]) > FEW_WEIGHTS:
+    if not is_plain(out):
         return None
-    for weight in (*weights, last[0]):
-        if weight.dtype != x.dtype:
-            return None
-    y = small_product(x, torch.cat(weights), torch.cat(biases) if biases else None)
-    q, k, v = torch.split(y, [weight.shape[0] for weight in weights], 1)
-    form = "explicit"
-    if mode == "dot_product":
-        positions = x.shape[2:].numel()
-        form = "reassociated" if reassociation_pays(positions, positions, q.shape[1]) else form
-    z = small_product(attend_few(q, k, v, mode, scale, form), *last)
-    z = finite(z, fresh=True)
+    weight, bias = parameters_of(out)
+    y = few_attended(x, projections, mode, scale) if weight.dtype == x.dtype else None
+    if y is None:
+        return None
+    z = finite(small_product(y, weight, bias), fresh=True)
     return add_branch(x, z if norm is None else norm(z))

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from nlsurgery.blocks.affinity import softmax_map
 from nlsurgery.blocks.attend import attend, laid_out
 from nlsurgery.blocks.choose import checked_implementation
+from nlsurgery.blocks.few import are_few, few_attended
 from nlsurgery.blocks.geometry import checked_input, pointwise, reduced, to_tokens
 from nlsurgery.blocks.registration import register
 from nlsurgery.blocks.residual import add_gated, project_together
@@ -82,6 +83,10 @@ class SelfAttention(nn.Module):
             BlockError: ``x`` has another number of channels or dimensions.
         """
         x = checked_input(x, self.in_channels, self.dims)
+        if self.implementation == "auto" and are_few(x):
+            y = few_attended(x, (self.query, self.key, self.value), _MODE, 1.0)
+            if y is not None:
+                return add_gated(x, y, self.gamma)
         source = laid_out(x, _MODE, self._sizes, False, self.implementation)
         q, k, v = project_together(source, self.query, self.key, self.value)
         y = attend(q, k, v, _MODE, 1.0, self.implementation)

@@ -212,3 +212,30 @@ def test_maps_of_no_positions(monkeypatch, mode, batch, size, threads):
     x = torch.randn(batch, 8, *size)
     block = NonLocal(8, dims=len(size), mode=mode, zero_init=False).eval()
     assert block(x).shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_few_values_of_self_attention(monkeypatch, dims, dtype):
+    seen = []
+    monkeypatch.setattr(
+        "nlsurgery.blocks.self_attention.few_attended",
+        lambda *given: seen.append(few.few_attended(*given)) or seen[-1],
+    )
+    block = randomised(SelfAttention(64, dims=dims), std=0.1).to(dtype)
+    x = torch.randn(2, 64, *(4, 3, 3)[:dims]).to(dtype).requires_grad_()
+    upstream = torch.randn_like(x)
+    found = []
+    for values in (few.FEW_VALUES, x.numel()):
+        monkeypatch.setattr(few, "FEW_VALUES", values)
+        y = block(x)
+        found.append([y, *torch.autograd.grad(y, [x, *block.parameters()], upstream)])
+        assert [y is None for y in seen] == [False]
+    limit = 1e-5 if dtype == torch.float32 else 2e-2
+    for one, another in zip(*found, strict=True):
+        assert (one - another).norm() <= limit * another.norm() + limit
+    hook = block.value.register_forward_hook(lambda *args: 2 * args[2])
+    monkeypatch.setattr(few, "FEW_VALUES", x.numel() + 1)
+    assert not torch.allclose(block(x), found[0][0], rtol=0.05)
+    assert seen[-1] is None
+    hook.remove()
