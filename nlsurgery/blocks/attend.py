@@ -24,7 +24,7 @@ from nlsurgery.blocks.products import takes_threads
 from nlsurgery.blocks.projection import small_products
 from nlsurgery.blocks.residual import convolve, is_plain, parameters_of, project
 
-#: Up to so many positions a map's layout does not matter.
+#: Up to so many positions a map's layout does not matter on a CPU.
 FEW_QUERIES = 1 << 7
 #: Up to so many positions, of so many channels, are multiplied faster where channels lie side by side.
 FEW_ROWS, ROW_CHANNELS = 50, (1 << 8, 1 << 10)
@@ -59,7 +59,7 @@ def laid_out(
         ``x`` itself, or a channels-last copy where tokens must be contiguous.
     """
     form, num_queries = implementation, math.prod(x.shape[2:])
-    if form == "auto" and is_eager() and num_queries <= FEW_QUERIES:
+    if form == "auto" and x.device.type == "cpu" and is_eager() and num_queries <= FEW_QUERIES:
         return to_rows(x) if _takes_rows(x, mode, num_queries) else x
     if form == "auto":
         form = choose_implementation(
@@ -76,11 +76,11 @@ def laid_out(
 
 
 def _takes_rows(x: Tensor, mode: str, num_queries: int) -> bool:
-    """Whether so few positions are projected faster with their channels side by side."""
+    """Whether so few positions are projected faster on a CPU with their channels side by side."""
     least, most = ROW_CHANNELS
     if num_queries > FEW_ROWS or not least <= x.shape[1] <= most or mode == "gaussian":
         return False
-    if x.device.type != "cpu" or working_dtype(x) != x.dtype:
+    if working_dtype(x) != x.dtype:
         return False
     if x.dtype == torch.bfloat16:
         return x.numel() * x.shape[1] <= ROW_PRODUCTS
@@ -159,23 +159,20 @@ def attend_few(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, form: s
     if (dtype := accumulator(given)) != given:
         queries, keys, values = queries.to(dtype), keys.to(dtype), values.to(dtype)
     factor = scale if mode in SOFTMAX_MODES else 1 / max(1, keys.shape[2])
+    left, right = queries.transpose(1, 2), values.transpose(1, 2)
     if form == "reassociated":
-        first, second = torch.bmm(keys, values.transpose(1, 2)), queries.transpose(1, 2)
-    elif mode == "concatenation":
-        first, second = queries.transpose(1, 2) + keys, values.transpose(1, 2)
+        right = torch.bmm(keys, right).mul_(factor)
     else:
-        first, second = torch.bmm(queries.transpose(1, 2), keys), values.transpose(1, 2)
-    first = first if factor == 1.0 else first.mul_(factor)
-    if mode in SOFTMAX_MODES:
-        first = first.softmax(-1)
-    elif mode == "concatenation":
-        first = first.relu_()
-    if form == "reassociated":
-        first, second = second, first
+        left = left + keys if mode == "concatenation" else torch.bmm(left, keys)
+        left = left if factor == 1.0 else left.mul_(factor)
+        if mode in SOFTMAX_MODES:
+            left = left.softmax(-1)
+        elif mode == "concatenation":
+            left = left.relu_()
     if values.stride(1) == 1:
-        y = torch.bmm(first, second).view(batch, *q.shape[2:], channels).movedim(-1, 1)
+        y = torch.bmm(left, right).view(batch, *q.shape[2:], channels).movedim(-1, 1)
     else:
-        y = torch.bmm(second.transpose(1, 2), first.transpose(1, 2))
+        y = torch.bmm(right.transpose(1, 2), left.transpose(1, 2))
         y = y.view(batch, channels, *q.shape[2:])
     return y if given == dtype else y.to(given)
 

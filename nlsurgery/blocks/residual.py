@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nlsurgery.blocks.geometry import CHANNELS_LAST, is_compiled, is_eager, working_dtype
 from nlsurgery.blocks.memory_format import to_format_of
 from nlsurgery.blocks.norms import BatchNorm
-from nlsurgery.blocks.products import is_exact, is_power_of_two
+from nlsurgery.blocks.products import is_power_of_two
 from nlsurgery.blocks.projection import (
     goes_by_products,
     is_small_product,
@@ -181,7 +181,8 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _FUNCTIONS[x.dim()](x, weight, bias)
     tokens = x.movedim(1, -1)
     if tokens.is_contiguous():
-        if is_eager() and x.device.type == "cpu" and is_exact(x) and torch_takes_onednn(x):
+        exact = x.device.type == "cpu" and working_dtype(x) == torch.float32
+        if exact and is_eager() and torch_takes_onednn(x):
             y = F.conv2d(x.flatten(2, 3), weight.flatten(3), bias)
             return y.view(*y.shape[:2], *x.shape[2:])
         return F.linear(tokens, weight.flatten(1), bias).movedim(-1, 1)
@@ -262,8 +263,7 @@ def add_projected(x: Tensor, y: Tensor, out: nn.Module, norm: nn.Module | None) 
     if plain and isinstance(norm, BatchNorm) and _may_fold(norm, y):
         z = finite(_folded(y, out, norm), fresh=True)
     else:
-        z = convolve(y, *parameters_of(out)) if plain else out(y)
-        z = finite(z, fresh=plain)
+        z = finite(project(out, y), fresh=plain)
         z = z if norm is None else _with_dense_gradient(norm(z))
     return add_branch(x, z)
 
