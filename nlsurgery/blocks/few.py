@@ -15,7 +15,7 @@ from nlsurgery.blocks import products
 from nlsurgery.blocks.affinity_dot import reassociation_pays
 from nlsurgery.blocks.attend import FEW_QUERIES, attend_few
 from nlsurgery.blocks.geometry import is_eager
-from nlsurgery.blocks.projection import small_product
+from nlsurgery.blocks.projection import joined, parted, small_product
 from nlsurgery.blocks.residual import add_branch, finite, is_plain, parameters_of
 
 #: A map of fewer values is such a one.
@@ -55,14 +55,14 @@ def few_attended(
         return None
     layers = [parameters_of(module) for module in projections]
     weights = [weight for weight, _ in layers]
-    biases = [bias for _, bias in layers if bias is not None]
-    if len(biases) not in (0, 3) or sum([w.numel() for w in weights]) > FEW_WEIGHTS:
+    if sum([weight.numel() for weight in weights]) > FEW_WEIGHTS:
         return None
     for weight in weights:
         if weight.dtype != x.dtype:
             return None
-    y = small_product(x, torch.cat(weights), torch.cat(biases) if biases else None)
-    q, k, v = torch.split(y, [weight.shape[0] for weight in weights], 1)
+    if (layer := joined(layers)) is None:
+        return None
+    q, k, v = parted(small_product(x, *layer), layers)
     form = "explicit"
     if mode == "dot_product":
         positions = x.shape[2:].numel()

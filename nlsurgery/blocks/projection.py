@@ -87,6 +87,19 @@ def _is_small(x: Tensor, channels: int) -> bool:
     return is_exact(x) or products.multiplies_bfloat16()
 
 
+def joined(layers: Sequence[Layer]) -> Layer | None:
+    """Several layers as one, its result theirs side by side; ``None`` if only some have a bias."""
+    biases = [bias for _, bias in layers if bias is not None]
+    if len(biases) not in (0, len(layers)):
+        return None
+    return torch.cat([weight for weight, _ in layers]), torch.cat(biases) if biases else None
+
+
+def parted(y: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...]:
+    """The result of each layer, views of that of :func:`joined` ones."""
+    return torch.split(y, [weight.shape[0] for weight, _ in layers], dim=1)
+
+
 def small_products(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...] | None:
     """Several 1×1 convolutions of one map where each would take long to begin: joined, if that is faster.
 
@@ -101,17 +114,15 @@ def small_products(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...] | N
     weights = [weight for weight, _ in layers]
     if not _is_as_given(x, *weights):
         return None
-    biases = [bias for _, bias in layers if bias is not None]
-    multiply = _joined(x, weights) if len(biases) in (0, len(layers)) else None
-    if multiply is not None:
-        y = multiply(x, torch.cat(weights), torch.cat(biases) if biases else None)
-        return torch.split(y, [weight.shape[0] for weight in weights], dim=1)
+    multiply = _joint_product(x, weights)
+    if multiply is not None and (layer := joined(layers)) is not None:
+        return parted(multiply(x, *layer), layers)
     if not _is_small(x, max(weight.shape[0] for weight in weights)):
         return None
     return tuple(small_product(x, weight, bias) for weight, bias in layers)
 
 
-def _joined(x: Tensor, weights: Sequence[Tensor]) -> Callable[..., Tensor] | None:
+def _joint_product(x: Tensor, weights: Sequence[Tensor]) -> Callable[..., Tensor] | None:
     """What multiplies joined weights faster than one after the other, if anything does."""
     values = sum([weight.numel() for weight in weights])
     if values <= JOINED_WEIGHTS[x.dtype]:

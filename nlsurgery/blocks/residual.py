@@ -23,7 +23,9 @@ from nlsurgery.blocks.products import is_power_of_two
 from nlsurgery.blocks.projection import (
     goes_by_products,
     is_small_product,
+    joined,
     may_go_by_products,
+    parted,
     pointwise_products,
     small_product,
     small_products,
@@ -142,11 +144,10 @@ def project_together(x: Tensor, *projections: nn.Module) -> tuple[Tensor, ...]:
     weights = [weight for weight, _ in layers]
     if all(goes_by_products(x, weight) for weight in weights):
         return pointwise_products(x, layers)
-    biases = [bias for _, bias in layers if bias is not None]
-    if len(biases) not in (0, len(layers)) or not _joins(x, weights):
+    layer = joined(layers) if _joins(x, weights) else None
+    if layer is None:
         return tuple(convolve(x, weight, bias) for weight, bias in layers)
-    y = convolve(x, torch.cat(weights), torch.cat(biases) if biases else None)
-    return torch.split(y, [weight.shape[0] for weight in weights], dim=1)
+    return parted(convolve(x, *layer), layers)
 
 
 def parameters_of(projection: nn.Module) -> tuple[Tensor, Tensor | None]:

@@ -90,7 +90,6 @@ def test_values_and_gradients_equal_the_explicit_form_s(mode, form, sizes):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.usefixtures("positions")
 @pytest.mark.parametrize(("mode", "form"), FAST)
 def test_gradcheck(mode, form):
     q, k, v = tokens(2, 4, 3), tokens(2, 5, 3, seed=1), tokens(2, 5, 3, seed=2)
@@ -322,7 +321,6 @@ def test_fp16_sums_beyond_its_range_stay_finite():
     torch.testing.assert_close(y, torch.full_like(y, 8000.0))
 
 
-@pytest.mark.usefixtures("positions")
 @pytest.mark.parametrize(("mode", "form"), FAST)
 def test_forms_repeat_to_the_bit(mode, form):
     torch.manual_seed(0)
