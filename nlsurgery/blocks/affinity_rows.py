@@ -37,7 +37,7 @@ SMALLEST_SUM = math.exp(-65.0)
 #: The share of rows with another sum above which shifts are told by the largest logits, from there on.
 FEW_ROWS = 0.25
 #: Weights up to which they are cast for their sum.
-CAST = 1 << 20
+CAST = 1 << 19
 #: Powers of two up to this one need no shift.
 NEAR = 60.0
 
