@@ -18,6 +18,7 @@ from nlsurgery.blocks.affinity_chunks import (
     pieces,
     set_product,
 )
+from nlsurgery.blocks.affinity_operator import operator_attend
 from nlsurgery.blocks.affinity_rows import Grids, row_attend, to_powers
 from nlsurgery.blocks.geometry import is_compiled, is_eager
 from nlsurgery.blocks.products import LOG_2
@@ -56,6 +57,8 @@ def explicit_attend(
         (B, N, V) in the dtype of ``v``.
     """
     has_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    if is_compiled() and _keeps_bfloat16(q) and _goes_by_rows(q, k, has_backward):
+        return operator_attend(q, k, v, scale, "explicit", keep=has_backward, grids=grids)
     if _is_plain(q, k, has_backward):
         rounds = is_compiled() and _keeps_bfloat16(q)
         attention = _rounded_map(q, k, scale) if rounds else softmax_map(q, k, scale)

@@ -5,6 +5,7 @@ Inside a graph sizes may be unknown and values always are, so that no form could
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from nlsurgery.blocks import products
 from nlsurgery.blocks.affinity_fused import fused_gradients, fused_values, needs_values
 from nlsurgery.blocks.affinity_row_gradients import row_gradients
-from nlsurgery.blocks.affinity_rows import attended
+from nlsurgery.blocks.affinity_rows import Grids, attended
 from nlsurgery.blocks.affinity_tiles import tiled_gradients, tiled_values
 from nlsurgery.blocks.choose import choose_implementation
 from nlsurgery.blocks.geometry import is_compiled
@@ -23,8 +24,8 @@ SMALL_PRODUCT = 1 << 22
 
 
 def is_small(q: Tensor, k: Tensor) -> bool:
-    """Whether torch's fused attention takes least, whatever the processor, of (B, heads, N, C') and keys."""
-    return q.shape[2] * k.shape[2] * q.shape[3] < SMALL_PRODUCT
+    """Whether torch's fused attention takes least, whatever the processor, of (…, N, C') and (…, M, C')."""
+    return q.shape[-2] * k.shape[-2] * q.shape[-1] < SMALL_PRODUCT
 
 
 def takes_operator(q: Tensor) -> bool:
@@ -37,44 +38,95 @@ def takes_operator(q: Tensor) -> bool:
     return known and is_compiled()
 
 
-def operator_attend(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> Tensor:
+def operator_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    form: str,
+    *,
+    keep: bool = False,
+    grids: Grids | None = None,
+) -> Tensor:
     """Σ_j softmax_j(scale · q_i · k_j) v_j by the operator.
 
     Args:
-        q: (B, heads, N, C') queries.
-        k: (B, heads, M, C') keys.
-        v: (B, heads, M, V) values.
+        q: (B, N, C') queries.
+        k: (B, M, C') keys.
+        v: (B, M, V) values.
         scale: The factor on the logits.
-        form: ``fused`` or ``chunked``, or ``auto`` to choose when it runs.
+        form: ``fused``, ``chunked``, ``explicit`` for all rows of a bfloat16 map at a time where oneDNN is
+            faster, or ``auto`` to choose when it runs.
+        keep: Whether an ``explicit`` map is kept for backward.
+        grids: Where a query's largest logit is likely that of the key at its place.
 
     Returns:
-        (B, heads, N, V) in the dtype of ``v``.
+        (B, N, V) in the dtype of ``v``.
     """
-    return _attention(q, k, v, scale, form)[0]  # type: ignore[no-any-return]
+    across = [tokens.stride(1) == 1 for tokens in (q, k, v)]
+    places = [] if grids is None else [*grids[0], *grids[1]]
+    y: Tensor = _attention(q, k, v, scale, form, keep, across, places)[0]
+    return y.transpose(1, 2) if across[2] else y
 
 
 @torch.library.custom_op("nlsurgery::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> tuple[Tensor, Tensor]:
-    """The attended values, and the logarithm of each row's sum of exponentials, (B, heads, N)."""
-    y, total = _values(q, k, v, scale, form)
-    shape = *q.shape[:3], v.shape[3]
-    return y.reshape(shape).contiguous(), total.reshape(q.shape[:3]).contiguous()
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    form: str,
+    keep: bool,
+    across: Sequence[bool],
+    places: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The attended values, (B, N) each row's logarithm of its sum of exponentials, and the map if it is kept.
 
-
-def _values(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> tuple[Tensor, Tensor]:
+    Args:
+        q: (B, N, C') queries.
+        k: (B, M, C') keys.
+        v: (B, M, V) values.
+        scale: The factor on the logits.
+        form: As :func:`operator_attend` has it.
+        keep: Likewise.
+        across: Whether q, k and v lie channels first: what is made like them is then (B, C', N).
+        places: The sizes of both maps of ``grids``, one after the other.
+    """
+    kept: list[Tensor] = []
     if _is_fused(q, k, v, form):
-        y, total = fused_values(q, k, v, scale)
-        return y[..., : v.shape[3]], total
-    queries, keys, values = (t.flatten(0, 1) for t in (q, k, v))
-    if products.are_by_onednn(q.dtype, q.device.type):
-        return attended(queries, keys, values, scale)
-    return tiled_values(queries, keys, values, scale)[:2]
+        y, total = fused_values(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), scale)
+        y, total = y.squeeze(1)[..., : v.shape[2]], total.squeeze(1)
+    elif products.are_by_onednn(q.dtype, q.device.type):
+        half = len(places) // 2
+        y, total = attended(
+            q,
+            k,
+            v,
+            scale,
+            kept if keep else None,
+            whole=form == "explicit",
+            grids=(places[:half], places[half:]) if places else None,
+        )
+    else:
+        y, total, _ = tiled_values(q, k, v, scale)
+    total = total.reshape(q.shape[:2]).contiguous()
+    return _laid(y.to(v.dtype), across[2]), total, _stacked(kept) if keep else q.new_empty(0)
 
 
 @_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, scale: float, form: str) -> tuple[Tensor, Tensor]:
-    shape = q.shape[:3]
-    return v.new_empty(*shape, v.shape[3]), q.new_empty(shape, dtype=torch.float32)
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    form: str,
+    keep: bool,
+    across: Sequence[bool],
+    places: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    total = q.new_empty(q.shape[:2], dtype=torch.float32)
+    kept = q.new_empty(q.shape[0], k.shape[1], q.shape[1]) if keep else q.new_empty(0)
+    return _empty(v, q.shape[1], across[2]), total, kept
 
 
 @torch.library.custom_op("nlsurgery::attention_backward", mutates_args=())
@@ -84,40 +136,79 @@ def _attention_backward(
     v: Tensor,
     y: Tensor,
     total: Tensor,
+    kept: Tensor,
     dy: Tensor,
     scale: float,
     form: str,
+    across: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v."""
+    """The gradients of q, k and v, of which ``across`` lie channels first."""
     found: tuple[Tensor, ...]
-    if _is_fused(q, k, v, form):
-        found = fused_gradients(q, k, v, y if needs_values(q) else None, total, dy, scale)
+    if kept.dim() == 1 and _is_fused(q, k, v, form):
+        query, key, value = (t.unsqueeze(1) for t in (q, k, v))
+        values = y.unsqueeze(1) if needs_values(q) else None
+        total, dy = total.unsqueeze(1), dy.unsqueeze(1)
+        found = fused_gradients(query, key, value, values, total, dy, scale)
+        found = tuple(g.squeeze(1) for g in found)
+    elif products.are_by_onednn(q.dtype, q.device.type):
+        found = row_gradients(q, k, v, y, total, dy, scale, list(kept) if kept.dim() > 1 else ())
     else:
-        queries, keys, values, y, total, dy = (t.flatten(0, 1) for t in (q, k, v, y, total, dy))
-        if products.are_by_onednn(q.dtype, q.device.type):
-            found = row_gradients(queries, keys, values, y, total, dy, scale)
-        else:
-            found = tiled_gradients(queries, keys, values, y, dy, total.unsqueeze(2), scale)
-    dq, dk, dv = (g.reshape(t.shape).contiguous() for g, t in zip(found, (q, k, v), strict=True))
+        found = tiled_gradients(q, k, v, y, dy, total.unsqueeze(2), scale)
+    dq, dk, dv = (
+        _laid(g.to(t.dtype), is_across)
+        for g, t, is_across in zip(found, (q, k, v), across, strict=True)
+    )
     return dq, dk, dv
 
 
 @_attention_backward.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    total: Tensor,
+    kept: Tensor,
+    dy: Tensor,
+    scale: float,
+    form: str,
+    across: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = zip((q, k, v), across, strict=True)
+    dq, dk, dv = (_empty(t, t.shape[1], is_across) for t, is_across in pairs)
     return dq, dk, dv
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.scale, ctx.form = inputs
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    q, k, v, ctx.scale, ctx.form, _, ctx.across, _ = inputs
     ctx.save_for_backward(q, k, v, *output)
 
 
-def _differentiate(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Any, ...]:
-    return *_attention_backward(*ctx.saved_tensors, dy, ctx.scale, ctx.form), None, None
+def _differentiate(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    q, k, v, y, total, kept = ctx.saved_tensors
+    if ctx.across[2]:
+        y, dy = y.transpose(1, 2), dy.transpose(1, 2)
+    found = _attention_backward(q, k, v, y, total, kept, dy, ctx.scale, ctx.form, ctx.across)
+    pairs = zip(found, ctx.across, strict=True)
+    return *(g.transpose(1, 2) if is_across else g for g, is_across in pairs), *[None] * 5
 
 
 _attention.register_autograd(_differentiate, setup_context=_keep)
+
+
+def _laid(tokens: Tensor, across: bool) -> Tensor:
+    """(B, N, C) contiguous, or (B, C, N)."""
+    return tokens.transpose(1, 2).contiguous() if across else tokens.contiguous()
+
+
+def _empty(tokens: Tensor, count: int, across: bool) -> Tensor:
+    batch, channels = tokens.shape[0], tokens.shape[2]
+    shape = (batch, channels, count) if across else (batch, count, channels)
+    return tokens.new_empty(shape)
+
+
+def _stacked(kept: list[Tensor]) -> Tensor:
+    return torch.stack(kept) if len(kept) > 1 else kept[0].unsqueeze(0)
 
 
 def _is_fused(q: Tensor, k: Tensor, v: Tensor, form: str) -> bool:
@@ -130,11 +221,11 @@ def _is_fused(q: Tensor, k: Tensor, v: Tensor, form: str) -> bool:
             return True
         form = choose_implementation(
             "embedded_gaussian",
-            num_queries=q.shape[2],
-            num_keys=k.shape[2],
-            head_size=q.shape[3],
-            value_size=v.shape[3],
-            batch=q.shape[0] * q.shape[1],
+            num_queries=q.shape[1],
+            num_keys=k.shape[1],
+            head_size=q.shape[2],
+            value_size=v.shape[2],
+            batch=q.shape[0],
             dtype=v.dtype,
         )
     if products.are_by_onednn(q.dtype, q.device.type):

@@ -51,9 +51,9 @@ def softmax_attend(
         if form == "explicit" or takes_plain_operators():
             return explicit_attend(q, k, v, scale, grids)
         if form in ("auto", "fused") or not is_eager():
-            query, key, value = (tokens.unsqueeze(1) for tokens in (q, k, v))
             if takes_operator(q):
-                return operator_attend(query, key, value, scale, form).squeeze(1)
+                return operator_attend(q, k, v, scale, form, grids=grids)
+            query, key, value = (tokens.unsqueeze(1) for tokens in (q, k, v))
             return fused_attend(query, key, value, scale).squeeze(1)
         if products.are_by_onednn(q.dtype, q.device.type):
             return row_attend(q, k, v, scale, grids=grids)
@@ -72,12 +72,14 @@ def heads_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Returns:
         (B, heads, N, V) in the dtype of ``v``.
     """
-    if takes_operator(q):
-        return operator_attend(q, k, v, scale, "auto")
-    fast = is_eager() and products.are_by_onednn(q.dtype, q.device.type)
-    if fast and not is_small(q, k):
+    fast = is_eager() and products.are_by_onednn(q.dtype, q.device.type) and not is_small(q, k)
+    if fast or takes_operator(q):
         queries, keys, values = (t.flatten(0, 1) for t in (q, k, v))
-        return row_attend(queries, keys, values, scale).view(*q.shape[:3], v.shape[3])
+        if fast:
+            y = row_attend(queries, keys, values, scale)
+        else:
+            y = operator_attend(queries, keys, values, scale, "auto")
+        return y.view(*q.shape[:2], *y.shape[1:])
     return fused_attend(q, k, v, scale)
 
 

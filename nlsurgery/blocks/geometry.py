@@ -53,6 +53,11 @@ def is_compiled() -> bool:
     return hasattr(torch.compiler, "is_exporting") and not torch.compiler.is_exporting()
 
 
+def has_sizes() -> bool:
+    """Whether a choice by size may be made: operators run, or a graph is compiled, not exported."""
+    return is_compiled() if torch.compiler.is_compiling() else is_eager()
+
+
 def is_transformed() -> bool:
     """Whether a ``torch.func`` transform runs, outside a graph."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()

@@ -7,18 +7,16 @@ map whose channels come first into another order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, repeat
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nlsurgery.blocks import products
-from nlsurgery.blocks.affinity import differentiable_gradients, scaled
-from nlsurgery.blocks.geometry import CHANNELS_LAST, is_eager, working_dtype
-from nlsurgery.blocks.products import is_exact, product, product_and
+from nlsurgery.blocks.geometry import has_sizes, is_eager, working_dtype
+from nlsurgery.blocks.pointwise_products import Layer, is_last, pointwise_products
+from nlsurgery.blocks.products import is_exact
 
 #: Float32 batches from which on torch itself takes oneDNN, as with more than one thread.
 TORCH_BATCH = 16
@@ -41,9 +39,6 @@ CONVOLVED_WEIGHTS, CONVOLVED_RESULTS = 1 << 18, 1 << 18
 #: Weights up to which a bfloat16 batch is multiplied faster than convolved.
 BATCH_WEIGHTS = 1 << 18
 
-#: The weight (C', C, 1, …) of a 1×1 convolution, and its bias (C',).
-Layer = tuple[Tensor, Tensor | None]
-
 
 def goes_by_products(x: Tensor, weight: Tensor) -> bool:
     """Whether :func:`pointwise_products` is faster than torch's convolution.
@@ -52,9 +47,9 @@ def goes_by_products(x: Tensor, weight: Tensor) -> bool:
         x: (B, C, *spatial).
         weight: (C', C, 1, …).
     """
-    if not is_eager() or x.numel() * weight.shape[0] < MANY_PRODUCTS:
+    if not has_sizes() or x.numel() * weight.shape[0] < MANY_PRODUCTS:
         return False
-    if not may_go_by_products(x, weight):
+    if not _may_be_multiplied(x, weight):
         return False
     if is_exact(x):
         # An item at a time where channels come first.
@@ -71,14 +66,14 @@ def is_small_product(x: Tensor, weight: Tensor) -> bool:
         x: (B, C, *spatial).
         weight: (C', C, 1, …).
     """
-    return _is_as_given(x, weight) and _is_small(x, weight.shape[0])
+    return is_eager() and _is_as_given(x, weight) and _is_small(x, weight.shape[0])
 
 
 def _is_small(x: Tensor, channels: int) -> bool:
     few = FEW_PRODUCTS.get(x.dtype, 0)
     if not x.is_contiguous():
         few = FEW_PRODUCTS_LAST.get(x.dtype, 0)
-        if x.numel() >= FEW_POSITIONS_LAST * x.shape[1] or not _is_last(x):
+        if x.numel() >= FEW_POSITIONS_LAST * x.shape[1] or not is_last(x):
             return False
     if is_exact(x) and x.shape[0] >= TORCH_BATCH:
         few >>= 1
@@ -112,7 +107,7 @@ def small_products(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, ...] | N
         nothing of this is faster.
     """
     weights = [weight for weight, _ in layers]
-    if not _is_as_given(x, *weights):
+    if not (is_eager() and _is_as_given(x, *weights)):
         return None
     multiply = _joint_product(x, weights)
     if multiply is not None and (layer := joined(layers)) is not None:
@@ -144,7 +139,7 @@ def _one_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def torch_takes_onednn(x: Tensor) -> bool:
     """Whether torch's float32 convolutions of a map on a CPU go by oneDNN (``Convolution.cpp``)."""
-    return torch.get_num_threads() > 1 or x.shape[0] >= TORCH_BATCH
+    return products.takes_threads() or x.shape[0] >= TORCH_BATCH
 
 
 def small_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -172,162 +167,17 @@ def small_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def may_go_by_products(x: Tensor, weight: Tensor) -> bool:
     """Whether :func:`pointwise_products` takes a map (B, C, *spatial) and a weight (C', C, 1, …)."""
-    lies_well = _is_as_given(x, weight) and (x.is_contiguous() or _is_last(x))
+    return has_sizes() and _may_be_multiplied(x, weight)
+
+
+def _may_be_multiplied(x: Tensor, weight: Tensor) -> bool:
+    lies_well = _is_as_given(x, weight) and (x.is_contiguous() or is_last(x))
     return lies_well and products.are_by_onednn(x.dtype, x.device.type)
 
 
 def _is_as_given(x: Tensor, *weights: Tensor) -> bool:
-    """Whether torch would convolve on a CPU, now, and in the dtype of both: float32 or bfloat16."""
-    if not is_eager() or x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
+    """Whether torch would convolve on a CPU and in the dtype of both: float32 or bfloat16."""
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.bfloat16):
         return False
     dtype = working_dtype(x)
     return x.dtype == dtype and all(weight.dtype == dtype for weight in weights)
-
-
-def pointwise_products(
-    x: Tensor, layers: Sequence[Layer], factor: float = 1.0
-) -> tuple[Tensor, ...]:
-    """Several 1×1 convolutions of one map.
-
-    Args:
-        x: (B, C, *spatial) in float32 or bfloat16.
-        layers: The weight and bias of each.
-        factor: What the first's result is multiplied with; in bfloat16 before it is rounded.
-
-    Returns:
-        One (B, C', *spatial) of each, lying as ``x`` does.
-    """
-    parameters: list[Tensor | None] = []
-    for weight, bias in layers:
-        parameters += [weight.flatten(1), bias]
-    if _is_last(x):
-        rows = x.movedim(1, -1)
-        found = _Pointwise.apply(rows.flatten(0, -2), factor, *parameters)
-        return tuple(y.unflatten(0, rows.shape[:-1]).movedim(-1, 1) for y in found)
-    found = _Pointwise.apply(x.flatten(2), factor, *parameters)
-    return tuple(y.unflatten(2, x.shape[2:]) for y in found)
-
-
-def _is_last(x: Tensor) -> bool:
-    if x.dim() in CHANNELS_LAST:
-        return x.stride(1) == 1 and x.is_contiguous(memory_format=CHANNELS_LAST[x.dim()])
-    return x.stride(1) == 1 and x.movedim(1, -1).is_contiguous()
-
-
-class _Pointwise(torch.autograd.Function):
-    """W x + bias of columns (B, C, N) or rows (N, C) for several W (C', C), the first times a factor."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, factor: float, *parameters: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(x, *parameters)
-        ctx.set_materialize_grads(False)
-        ctx.factor = factor
-        return tuple(_mapped(x, w, b, f) for w, b, f in _layers(parameters, factor))
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
-        x, *parameters = ctx.saved_tensors
-        inputs, needed = (x, *parameters), (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
-        if torch.is_grad_enabled():
-            made = [_plain(x, w, b) * f for w, b, f in _layers(parameters, ctx.factor)]
-            given = [
-                torch.zeros_like(y) if dy is None else dy
-                for y, dy in zip(made, upstream, strict=True)
-            ]
-            found = differentiable_gradients(made, inputs, given)
-            return found[0], None, *found[1:]
-        gradients: list[Tensor | None] = [None] * len(inputs)
-        for n, (weight, _, factor) in enumerate(_layers(parameters, ctx.factor)):
-            dy = upstream[n]
-            if dy is None:
-                continue
-            dy = dy.contiguous()
-            if needed[0]:
-                gradients[0] = _added(gradients[0], dy, weight.t(), factor)
-            if needed[2 * n + 1]:
-                gradients[2 * n + 1] = _scale_(_weight_gradient(dy, x), factor)
-            if needed[2 * n + 2]:
-                positions = (0, 2) if dy.dim() == 3 else 0
-                gradients[2 * n + 2] = _scale_(dy.sum(positions), factor)
-        return gradients[0], None, *gradients[1:]
-
-
-def _layers(
-    parameters: Sequence[Tensor | None], factor: float
-) -> Iterator[tuple[Tensor, Tensor | None, float]]:
-    """Each weight, its bias and the factor."""
-    factors = chain((factor,), repeat(1.0))
-    layers = zip(parameters[::2], parameters[1::2], factors, strict=False)
-    yield from layers  # type: ignore[misc]
-
-
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias) if x.dim() == 2 else F.conv1d(x, weight.unsqueeze(2), bias)
-
-
-def _mapped(x: Tensor, weight: Tensor, bias: Tensor | None, factor: float) -> Tensor:
-    """factor · (W x + bias)."""
-    if is_exact(x):
-        if x.dim() == 2:
-            return _scale_(product(x, weight, bias), factor)
-        y = _stacked([product(weight, item.t()) for item in x])
-        return _scale_(y if bias is None else y.add_(bias.unsqueeze(1)), factor)
-    # The sum and the factor are part of the product.
-    start = weight.new_zeros(1) if bias is None else scaled(bias, factor)
-    if x.dim() == 2:
-        return torch.addmm(start, x, weight.t(), alpha=factor)
-    start = start.unsqueeze(1)
-    if x.shape[0] == 1:
-        return _stacked([torch.addmm(start, weight, x[0], alpha=factor)])
-    return torch.baddbmm(start, _repeated(weight, x), x, alpha=factor)
-
-
-def _added(total: Tensor | None, x: Tensor, weight: Tensor, factor: float) -> Tensor:
-    """total + factor · W x; ``total`` may be overwritten."""
-    if total is None:
-        return _mapped(x, weight, None, factor)
-    if is_exact(x):
-        x = scaled(x, factor)
-        if x.dim() == 2:
-            return product_and("add", total, x, weight)
-        pairs = zip(total, x, strict=True)
-        return _stacked([product_and("add", part, weight, item.t()) for part, item in pairs])
-    if x.dim() == 2:
-        return total.addmm_(x, weight.t(), alpha=factor)
-    if x.shape[0] == 1:
-        total[0].addmm_(weight, x[0], alpha=factor)
-        return total
-    return total.baddbmm_(_repeated(weight, x), x, alpha=factor)
-
-
-def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """(C', C), the sum over positions of dy xᵀ."""
-    if x.dim() == 2:
-        return product(dy.t(), x.t())
-    if x.shape[0] == 1 or is_exact(x):
-        dw = product(dy[0], x[0])
-        for upstream, item in zip(dy[1:], x[1:], strict=True):
-            dw = product_and("add", dw, upstream, item)
-        return dw
-    # One product, as sums of several would be rounded.
-    dy, x = (t.transpose(0, 1).flatten(1) for t in (dy, x))
-    return product(dy, x)
-
-
-def _stacked(items: list[Tensor]) -> Tensor:
-    if len(items) > 1:
-        return torch.stack(items)
-    # Not a view, which could not be changed in place after a function of ours.
-    (item,) = items
-    return torch.ops.aten._unsafe_view(item, (1, *item.shape))  # type: ignore[no-any-return]
-
-
-def _repeated(weight: Tensor, x: Tensor) -> Tensor:
-    # A batch of products takes several times as long where the first factor is transposed.
-    return weight.contiguous().expand(x.shape[0], -1, -1)
-
-
-def _scale_(x: Tensor, factor: float) -> Tensor:
-    return x if factor == 1.0 else x.mul_(factor)

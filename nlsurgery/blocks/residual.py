@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nlsurgery.blocks.geometry import CHANNELS_LAST, is_compiled, is_eager, working_dtype
+from nlsurgery.blocks.geometry import CHANNELS_LAST, has_sizes, is_compiled, is_eager, working_dtype
 from nlsurgery.blocks.memory_format import to_format_of
 from nlsurgery.blocks.norms import BatchNorm
+from nlsurgery.blocks.pointwise_products import pointwise_products
 from nlsurgery.blocks.products import is_power_of_two
 from nlsurgery.blocks.projection import (
     goes_by_products,
@@ -26,7 +27,6 @@ from nlsurgery.blocks.projection import (
     joined,
     may_go_by_products,
     parted,
-    pointwise_products,
     small_product,
     small_products,
     torch_takes_onednn,
@@ -113,7 +113,7 @@ def queries_factor(x: Tensor, scale: float, *projections: nn.Module) -> float:
         scale: The factor on the logits.
         projections: Those of the queries first.
     """
-    if x.dtype != torch.bfloat16 or is_power_of_two(scale) or not is_eager():
+    if x.dtype != torch.bfloat16 or is_power_of_two(scale) or not has_sizes():
         return 1.0
     if x.numel() < SCALED_POSITIONS * x.shape[0] * x.shape[1]:
         return 1.0

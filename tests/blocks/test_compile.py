@@ -6,17 +6,20 @@ import copy
 import io
 import logging
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from nlsurgery.blocks import NonLocal, SelfAttention
+from nlsurgery.blocks import NonLocal, SelfAttention, affinity_operator
+from nlsurgery.blocks.affinity import plain_attend
 from nlsurgery.blocks.affinity_operator import operator_attend
+from nlsurgery.blocks.affinity_row_gradients import row_gradients
 from nlsurgery.blocks.products import multiplies_bfloat16
 
-from .cases import randomised
+from .cases import BFLOAT16, needs_bfloat16, randomised
 from .test_forms import PAIRS
 from .test_identity import BLOCKS, RELATIVES, build
 
@@ -212,11 +215,14 @@ def test_small_maps_are_left_to_the_compiler(processor, dtype, dynamic, request)
 @pytest.mark.parametrize("spread", [1.0, 20.0])
 @pytest.mark.parametrize(("channels", "side"), [(8, 6), (8, 26), (300, 12), (8, 0)])
 @pytest.mark.parametrize("processor", ["mkl", "onednn"])
-def test_the_operator_equals_the_formula(processor, channels, side, spread, form, request):
+@pytest.mark.parametrize("across", [False, True], ids=["rows", "columns"])
+def test_the_operator_equals_the_formula(processor, across, channels, side, spread, form, request):
     request.getfixturevalue(processor)
-    shape = (2, 1, side * side, channels)
+    shape = (2, side * side, channels)
     q, k, v, dy = (torch.randn(shape, dtype=torch.float64) for _ in range(4))
     k *= spread / channels**0.5
+    if across:
+        q, k, v = (t.mT.contiguous().mT for t in (q, k, v))
 
     def differentiated(function, dtype: torch.dtype) -> list[torch.Tensor]:
         needed = [t.to(dtype).requires_grad_() for t in (q, k, v)]
@@ -232,13 +238,102 @@ def test_the_operator_equals_the_formula(processor, channels, side, spread, form
         assert (one - other).norm() <= 5e-5 * other.norm()
 
 
-@pytest.mark.parametrize("processor", ["mkl", "onednn"])
-def test_the_operator_keeps_to_torch_s_rules(processor, request):
-    request.getfixturevalue(processor)
-    q, k, v = (torch.randn(2, 3, 12, 4, requires_grad=True) for _ in range(3))
+@pytest.mark.usefixtures("onednn")
+@needs_bfloat16
+@pytest.mark.parametrize("grids", [None, ((6, 8), (6, 8))], ids=["any", "places"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_operator_keeps_a_map(monkeypatch, batch, grids):
+    formed: list[int] = []
+    monkeypatch.setattr(
+        affinity_operator, "row_gradients", lambda *a: formed.append(len(a[7])) or row_gradients(*a)
+    )
+    made = [torch.randn(batch, 48, 16, dtype=torch.bfloat16) for _ in range(4)]
+    q, k, v, dy = made
+    if grids is not None:
+        k = q
+    found, expected = [], []
+    for function, dtype, to in (
+        (partial(operator_attend, form="explicit", keep=True, grids=grids), q.dtype, found),
+        (plain_attend, torch.float64, expected),
+    ):
+        needed = [t.to(dtype).detach().requires_grad_() for t in (q, k, v)]
+        y = function(*needed, scale=0.5)
+        to += [y, *torch.autograd.grad(y, needed, dy.to(dtype))]
+    assert formed == [batch]
+    for one, other in zip(found, expected, strict=True):
+        assert (one.double() - other).norm() < 1e-2 * other.norm()
+
+
+def checked(operator: object, *arguments: object) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # opcheck asks for gradients that are not there
-        torch.library.opcheck(torch.ops.nlsurgery.attention.default, (q, k, v, 0.9, "auto"))
+        torch.library.opcheck(operator, arguments)
+
+
+@pytest.mark.parametrize("across", [False, True], ids=["rows", "columns"])
+@pytest.mark.parametrize("processor", ["mkl", "onednn"])
+def test_the_operator_keeps_to_torch_s_rules(processor, across, request):
+    request.getfixturevalue(processor)
+    operator = torch.ops.nlsurgery.attention.default
+    q, k, v = (torch.randn(2, 12, 4, requires_grad=True) for _ in range(3))
+    checked(operator, q, k, v, 0.9, "auto", False, [across] * 3, [])
+
+
+@pytest.mark.usefixtures("onednn")
+@needs_bfloat16
+def test_the_operator_keeps_to_torch_s_rules_with_a_map():
+    operator = torch.ops.nlsurgery.attention.default
+    made = (torch.randn(2, 12, 4).bfloat16().requires_grad_() for _ in range(3))
+    checked(operator, *made, 0.9, "explicit", True, [True, False, True], [3, 4, 3, 4])
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.parametrize("shape", [(2, 6, 10), (20, 6)], ids=["columns", "rows"])
+def test_the_operator_of_projections_keeps_to_torch_s_rules(shape):
+    x = torch.randn(shape, requires_grad=True)
+    weights = [torch.randn(n, 6, requires_grad=True) for n in (4, 3)]
+    biases = [torch.randn(3, requires_grad=True)]
+    checked(torch.ops.nlsurgery.pointwise.default, x, weights, biases, [False, True], 0.7)
+
+
+@pytest.mark.usefixtures("onednn")
+@pytest.mark.skipif(not TOLD, reason="graphs are told apart from torch 2.7 on")
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, BFLOAT16], ids=str)
+def test_compiled_projections_are_one_operator(monkeypatch, dtype, bias, last):
+    monkeypatch.setattr("nlsurgery.blocks.projection.MANY_PRODUCTS", 0)
+    monkeypatch.setattr("nlsurgery.blocks.projection.MANY_ITEM_PRODUCTS", 0)
+    monkeypatch.setattr("nlsurgery.blocks.projection.torch_takes_onednn", lambda _: False)
+    # A scale that is no power of two: a factor of the product in bfloat16.
+    block = NonLocal(32, 12, use_scale=True, bias=bias, norm="none", zero_init=False)
+    block = randomised(block, std=0.2).to(dtype)
+    x = torch.randn(2, 32, 24, 23).to(dtype)
+    if last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compile(block, fullgraph=True, backend=backend)(x)
+    # In bfloat16 the attended values lie channels last there, which torch convolves as fast.
+    expected = 2 if dtype == torch.float32 else 1
+    assert sum("pointwise" in target for target in graphs) == expected
+    compiled = torch.compile(block, fullgraph=True, backend="inductor")
+    limit = 1e-4 if dtype == torch.float32 else 3e-2
+    for needs_input in (True, False):
+        results = []
+        for module in (block, compiled):
+            given = x.detach().requires_grad_(needs_input)
+            y = module(given)
+            # The bias of the keys changes no weight: its gradient is what rounding leaves.
+            needed = [p for name, p in block.named_parameters() if name != "phi.bias"]
+            needed += [given] if needs_input else []
+            results.append((y - x, *torch.autograd.grad(y, needed, x)))
+        for eager, ours in zip(*results, strict=True):
+            assert (ours - eager).float().norm() < limit * eager.float().norm()
 
 
 def test_an_exported_program_in_bfloat16_holds_no_operator_of_ours():

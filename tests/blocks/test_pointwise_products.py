@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from nlsurgery.blocks import NonLocal, affinity_rows, projection, residual
 from nlsurgery.blocks.geometry import pointwise
-from nlsurgery.blocks.projection import goes_by_products, pointwise_products
+from nlsurgery.blocks.pointwise_products import pointwise_products
+from nlsurgery.blocks.projection import goes_by_products
 from nlsurgery.blocks.residual import project, queries_factor
 
 from .cases import BFLOAT16, needs_bfloat16
