@@ -101,7 +101,12 @@ class _Pointwise(torch.autograd.Function):
         return gradients[0], None, *gradients[1:]
 
 
-@torch.library.custom_op("nlsurgery::pointwise", mutates_args=())
+# Schemas are written out: torch 2.6 infers none of a list of tensors.
+@torch.library.custom_op(
+    "nlsurgery::pointwise",
+    mutates_args=(),
+    schema="(Tensor x, Tensor[] weights, Tensor[] biases, bool[] has_bias, float factor) -> Tensor[]",
+)
 def _operator(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], has_bias: list[bool], factor: float
 ) -> list[Tensor]:
@@ -119,7 +124,11 @@ def _(
     return [x.new_empty(x.shape[0], w.shape[0], x.shape[2]) for w in weights]
 
 
-@torch.library.custom_op("nlsurgery::pointwise_input_gradient", mutates_args=())
+@torch.library.custom_op(
+    "nlsurgery::pointwise_input_gradient",
+    mutates_args=(),
+    schema="(Tensor[] upstream, Tensor[] weights, float factor) -> Tensor",
+)
 def _input_gradient(upstream: list[Tensor], weights: list[Tensor], factor: float) -> Tensor:
     total = None
     for n, (dy, weight) in enumerate(zip(upstream, weights, strict=True)):
@@ -135,7 +144,11 @@ def _(upstream: list[Tensor], weights: list[Tensor], factor: float) -> Tensor:
     return dy.new_empty(shape)
 
 
-@torch.library.custom_op("nlsurgery::pointwise_parameter_gradients", mutates_args=())
+@torch.library.custom_op(
+    "nlsurgery::pointwise_parameter_gradients",
+    mutates_args=(),
+    schema="(Tensor[] upstream, Tensor x, bool[] has_bias, float factor) -> (Tensor[], Tensor[])",
+)
 def _parameter_gradients(
     upstream: list[Tensor], x: Tensor, has_bias: list[bool], factor: float
 ) -> tuple[list[Tensor], list[Tensor]]:
