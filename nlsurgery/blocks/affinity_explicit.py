@@ -28,15 +28,17 @@ from nlsurgery.blocks.products import LOG_2
 OWN_LOGITS, OWN_LOGITS_FORWARD = 1 << 18, 1 << 20
 #: The same where bfloat16 is multiplied four times as fast as float32, but not by fused attention: logits, or
 #: multiplications in fewer of them.
-OWN_LOGITS_BFLOAT16, OWN_PRODUCTS_BFLOAT16 = 1 << 17, 6 << 20
+OWN_LOGITS_BFLOAT16, FEW_PRODUCTS_BFLOAT16 = 1 << 17, 1 << 21
 #: Rows of a multiple of so many logits are replaced by their softmax as fast as that is written elsewhere;
 #: others take up to half as long again.
 IN_PLACE = 16
 #: Logits of an item from which on it goes by itself (``affinity_rows.py``), in bfloat16: where there is a
-#: backward, and where there is none.
-ITEM_LOGITS, ITEM_LOGITS_FORWARD = 1 << 19, 1 << 18
+#: backward, and where there is none, there by whether there are several threads.
+ITEM_LOGITS, ITEM_LOGITS_FORWARD = 1 << 19, {False: 1 << 17, True: 1 << 18}
 #: The same of the only item, where there is no backward: no others could go together with it.
 ONLY_ITEM_LOGITS_FORWARD = 1 << 16
+#: Up to so many logits in all to begin a call takes longer than the calls that a pass over them saves.
+FEW_LOGITS = 3 << 16
 #: Logits of the items that go together.
 GROUP_LOGITS = 1 << 20
 
@@ -57,10 +59,10 @@ def explicit_attend(
         (B, N, V) in the dtype of ``v``.
     """
     has_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if is_compiled() and _keeps_bfloat16(q) and _goes_by_rows(q, k, has_backward):
+    if is_compiled() and keeps_bfloat16(q) and _goes_by_rows(q, k, has_backward):
         return operator_attend(q, k, v, scale, "explicit", keep=has_backward, grids=grids)
     if _is_plain(q, k, has_backward):
-        rounds = is_compiled() and _keeps_bfloat16(q)
+        rounds = is_compiled() and keeps_bfloat16(q)
         attention = _rounded_map(q, k, scale) if rounds else softmax_map(q, k, scale)
         return apply_map(attention, v)
     if _goes_by_rows(q, k, has_backward):
@@ -72,21 +74,22 @@ def _is_plain(q: Tensor, k: Tensor, has_backward: bool) -> bool:
     if q.device.type != "cpu" or not is_eager():
         return True
     logits = q.shape[0] * q.shape[1] * k.shape[1]
-    if _keeps_bfloat16(q):
-        return logits < OWN_LOGITS_BFLOAT16 and logits * q.shape[2] < OWN_PRODUCTS_BFLOAT16
+    if keeps_bfloat16(q):
+        return logits < OWN_LOGITS_BFLOAT16 and logits * q.shape[2] < FEW_PRODUCTS_BFLOAT16
     return logits < (OWN_LOGITS if has_backward else OWN_LOGITS_FORWARD)
 
 
 def _goes_by_rows(q: Tensor, k: Tensor, has_backward: bool) -> bool:
-    if not _keeps_bfloat16(q):
+    if not keeps_bfloat16(q):
         return False
-    limit = ITEM_LOGITS if has_backward else ITEM_LOGITS_FORWARD
+    limit = ITEM_LOGITS if has_backward else ITEM_LOGITS_FORWARD[products.takes_threads()]
     if q.shape[0] == 1 and not has_backward:
         limit = ONLY_ITEM_LOGITS_FORWARD
     return q.shape[1] * k.shape[1] >= limit
 
 
-def _keeps_bfloat16(q: Tensor) -> bool:
+def keeps_bfloat16(q: Tensor) -> bool:
+    """Whether maps of such tokens are kept in bfloat16, which is multiplied four times as fast as float32."""
     return q.dtype == torch.bfloat16 and products.are_by_onednn(q.dtype, q.device.type)
 
 
@@ -98,12 +101,18 @@ class _Explicit(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, has_backward: bool
     ) -> Tensor:
         batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
-        narrow = _keeps_bfloat16(q)
+        narrow = keeps_bfloat16(q)
         dtype = q.dtype if narrow else accumulator(q.dtype)
         kept = q.new_empty(batch, num_queries, num_keys, dtype=dtype) if has_backward else None
         if not narrow:
             y = _attended(q, k, v, scale, kept)
         else:
+            if batch * num_queries * num_keys <= FEW_LOGITS:
+                y, p = _few_attended(q, k, v, scale)
+                if has_backward:
+                    ctx.save_for_backward(q, k, v, p)
+                    ctx.scale = scale
+                return y
             y = empty_as(v, num_queries)
             for b in pieces(batch, GROUP_LOGITS // max(1, num_queries * num_keys)):
                 p = _exact_softmax(q[b], k[b], scale, None if kept is None else kept[b])
@@ -119,7 +128,10 @@ class _Explicit(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *softmax_gradients(q, k, v, ctx.scale, dy), None, None
         queries, keys, values, dy = (t.to(kept.dtype) for t in (q, k, v, dy))
-        keys = centred(keys) if kept.dtype == torch.bfloat16 else keys
+        if kept.dtype == torch.bfloat16:
+            keys = centred(keys)
+            if kept.numel() <= FEW_LOGITS:
+                return *_few_gradients(queries, keys, values, kept, ctx.scale, dy), None, None
         found = gradients_over_chunks(queries, keys, values, ctx.scale, dy, lambda b, i: kept[b, i])
         return *(g.to(t.dtype) for g, t in zip(found, (q, k, v), strict=True)), None, None
 
@@ -141,6 +153,35 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float, kept: Tensor | None
         torch.softmax(logits, dim=-1, out=weights)
         set_product(y[b, i], weights, values[b], 1.0)
     return y
+
+
+def _few_attended(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The attended values and the softmax, bfloat16, by as few calls as it takes."""
+    keys = k.transpose(1, 2)
+    rounded = torch.bmm(q, keys)
+    # What the rounding took.
+    rest = torch.baddbmm(rounded, q, keys, beta=-1.0)
+    logits = rounded.float().add_(rest)
+    p = (logits if scale == 1.0 else logits.mul_(scale)).softmax(-1).to(q.dtype)
+    return _as_lies(v, p, v), p
+
+
+def _few_gradients(
+    q: Tensor, k: Tensor, v: Tensor, p: Tensor, scale: float, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of what :func:`_few_attended` gives."""
+    dp = torch.bmm(dy, v.transpose(1, 2))
+    ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+    across, dv = ds.transpose(1, 2), _as_lies(v, p.transpose(1, 2), dy)
+    dq, dk = _as_lies(q, ds, k), _as_lies(k, across, q)
+    return (dq, dk, dv) if scale == 1.0 else (dq.mul_(scale), dk.mul_(scale), dv)
+
+
+def _as_lies(tokens: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """A b, in memory as ``tokens`` lies: channels first or last."""
+    if tokens.stride(1) == 1:
+        return torch.bmm(b.transpose(1, 2), a.transpose(1, 2)).transpose(1, 2)
+    return torch.bmm(a, b)
 
 
 def _rounded_map(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nlsurgery.blocks.affinity import SOFTMAX_MODES, accumulator
 from nlsurgery.blocks.affinity_concat import concatenation_attend
 from nlsurgery.blocks.affinity_dot import dot_product_attend
+from nlsurgery.blocks.affinity_explicit import FEW_PRODUCTS_BFLOAT16, keeps_bfloat16
 from nlsurgery.blocks.affinity_operator import takes_operator
 from nlsurgery.blocks.affinity_softmax import (
     has_denormal_weights,
@@ -20,8 +21,7 @@ from nlsurgery.blocks.affinity_softmax import (
 from nlsurgery.blocks.choose import choose_implementation, without_denormals
 from nlsurgery.blocks.geometry import is_eager, to_map, to_tokens, working_dtype
 from nlsurgery.blocks.memory_format import to_channels_last, to_rows
-from nlsurgery.blocks.products import takes_threads
-from nlsurgery.blocks.projection import small_products
+from nlsurgery.blocks.projection import small_products, torch_takes_onednn
 from nlsurgery.blocks.residual import convolve, is_plain, parameters_of, project
 
 #: Up to so many positions a map's layout does not matter on a CPU.
@@ -85,7 +85,7 @@ def _takes_rows(x: Tensor, mode: str, num_queries: int) -> bool:
     if x.dtype == torch.bfloat16:
         return x.numel() * x.shape[1] <= ROW_PRODUCTS
     # MKL takes 16 columns at a time.
-    return x.dtype == torch.float32 and num_queries % 16 > 0 and not takes_threads()
+    return x.dtype == torch.float32 and num_queries % 16 > 0 and not torch_takes_onednn(x)
 
 
 @torch.fx.wrap
@@ -137,7 +137,9 @@ def _are_few(v: Tensor, num_queries: int) -> bool:
     if not is_eager() or v.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
     few = FEW_LOGITS_HALF if v.itemsize == 2 else FEW_LOGITS
-    return v.numel() * num_queries <= few * v.shape[1]
+    if v.numel() * num_queries > few * v.shape[1]:
+        return False
+    return v.numel() * num_queries < FEW_PRODUCTS_BFLOAT16 or not keeps_bfloat16(v)
 
 
 def attend_few(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, form: str) -> Tensor:

@@ -265,6 +265,8 @@ def add_projected(x: Tensor, y: Tensor, out: nn.Module, norm: nn.Module | None) 
         z = finite(_folded(y, out, norm), fresh=True)
     else:
         z = finite(project(out, y), fresh=plain)
+        # torch's CPU normalisations of a sequence take up to ten times as long with channels last.
+        z = z.contiguous() if z.dim() == 3 else z
         z = z if norm is None else _with_dense_gradient(norm(z))
     return add_branch(x, z)
 
