@@ -32,8 +32,12 @@ FEW_PRODUCTS_LAST = {torch.float32: MANY_PRODUCTS, torch.bfloat16: 1 << 25}
 FEW_POSITIONS_LAST = 1 << 10
 #: Weights of so many values in all are joined at no cost, where torch multiplies.
 JOINED_WEIGHTS = {torch.float32: 1 << 16, torch.bfloat16: 1 << 19}
-#: Multiplications up to which it takes less time to join bfloat16 weights than to begin several products.
-JOINED_PRODUCTS = 1 << 25
+#: Multiplications up to which it takes less time to join bfloat16 weights than to begin several products, for
+#: results of up to so many values.
+JOINED_PRODUCTS, JOINED_RESULTS = 1 << 27, 1 << 20
+#: So many times the positions of a bfloat16 map are fewer than the channels of all its items where
+#: one convolution is faster, as products copy weights for each. By whether there are several threads.
+JOINED_POSITIONS = {False: 1 << 6, True: 1 << 5}
 #: Weights of so many values for results of so many are joined where convolutions take long to begin.
 CONVOLVED_WEIGHTS, CONVOLVED_RESULTS = 1 << 18, 1 << 18
 #: Weights up to which a bfloat16 batch is multiplied faster than convolved.
@@ -123,14 +127,23 @@ def _joint_product(x: Tensor, weights: Sequence[Tensor]) -> Callable[..., Tensor
     if values <= JOINED_WEIGHTS[x.dtype]:
         if _is_small(x, values // x.shape[1]):
             return small_product
-        few = not is_exact(x) and x.numel() * values < JOINED_PRODUCTS * x.shape[1]
-        if few and x.is_contiguous() and products.are_by_onednn(x.dtype, "cpu"):
-            return _one_product
+        if not is_exact(x) and x.is_contiguous() and products.are_by_onednn(x.dtype, "cpu"):
+            return _joint_bfloat16_product(x, values)
     if is_exact(x) and x.dim() == 4 and values <= CONVOLVED_WEIGHTS:
         results = x.numel() // x.shape[1] * (values // x.shape[1])
         if 0 < results <= CONVOLVED_RESULTS and torch_takes_onednn(x):
             return F.conv2d
     return None
+
+
+def _joint_bfloat16_product(x: Tensor, values: int) -> Callable[..., Tensor] | None:
+    batch, channels = x.shape[:2]
+    if x.numel() * values > JOINED_RESULTS * channels**2:
+        return None
+    factor = JOINED_POSITIONS[products.takes_threads()]
+    if x.dim() == 4 and 0 < x.numel() * factor <= (batch * channels) ** 2:
+        return F.conv2d
+    return _one_product if x.numel() * values < JOINED_PRODUCTS * channels else None
 
 
 def _one_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

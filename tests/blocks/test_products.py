@@ -315,7 +315,9 @@ def test_rows_equal_the_formula(keep, dtype, tolerance, spread, scale, sizes, ch
 @pytest.mark.parametrize("item", [0, 1 << 30], ids=["item by item", "all at once"])
 def test_a_bfloat16_map_is_kept_and_exact(monkeypatch, item, spread):
     monkeypatch.setattr(affinity_explicit, "ITEM_LOGITS", item)
-    monkeypatch.setattr(affinity_explicit, "ITEM_LOGITS_FORWARD", dict.fromkeys((False, True), item))
+    monkeypatch.setattr(
+        affinity_explicit, "ITEM_LOGITS_FORWARD", dict.fromkeys((False, True), item)
+    )
     made = [t.bfloat16() for t in operands(3, 150, 75, 16, 40, spread=spread)]
     found = gradients(explicit_attend, *made, 0.7)
     expected = reference(*made, 0.7)

@@ -148,6 +148,24 @@ def test_bfloat16_weights_are_joined_up_to_a_size(
     assert count_of_convolutions(x, modules) == 3
 
 
+@needs_bfloat16
+@pytest.mark.usefixtures("onednn")
+def test_bfloat16_items_of_few_positions_are_convolved_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    x = torch.randn(4, 8, 2, 3).bfloat16()
+    modules = [module.bfloat16() for module in layers(2)]
+    monkeypatch.setattr("nlsurgery.blocks.projection.JOINED_PRODUCTS", 1 << 27)
+    # Up to so many positions: 6 times 5 is less than 4 times 8, 6 times 6 is more.
+    for factor, count in ((5, 1), (6, 0)):
+        factors = dict.fromkeys((False, True), factor)
+        monkeypatch.setattr("nlsurgery.blocks.projection.JOINED_POSITIONS", factors)
+        assert count_of_convolutions(x, modules) == count
+    monkeypatch.setattr("nlsurgery.blocks.projection.JOINED_RESULTS", 4 * 6 * 22 - 1)
+    monkeypatch.setattr(residual, "MANY_POSITIONS_BFLOAT16", 1 << 20)
+    assert count_of_convolutions(x, modules) == 3
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("form", ["fused", "chunked"])
 @pytest.mark.parametrize("channels", [8, 32])
