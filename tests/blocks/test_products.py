@@ -328,6 +328,35 @@ def test_a_bfloat16_map_is_kept_and_exact(monkeypatch, item, spread):
     assert torch.equal(alone, found[0])
 
 
+@needs_bfloat16
+@pytest.mark.usefixtures("onednn", "small")
+@pytest.mark.parametrize("channels_first", [True, False])
+@pytest.mark.parametrize("far", [(), (0,), (2,)], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 0.25, 0.3])
+@pytest.mark.parametrize("places", [False, True])
+def test_items_go_together_where_their_logits_are_near(
+    monkeypatch, places, scale, far, channels_first
+):
+    made = operands(3, 80, 80, 16, 24, spread=1.0, channels_first=channels_first)
+    q, k, v, dy = (t.bfloat16() for t in made)
+    if places:
+        k = q
+    for item in far:
+        # A row whose largest logit is that of no key near by.
+        q[item, 3] *= 200
+        k[item, 7] = q[item, 3]
+    grids = ((8, 10), (8, 10)) if places else None
+    alone: list[int] = []
+    plain = affinity_rows._Item.attend
+    monkeypatch.setattr(affinity_rows._Item, "attend", lambda *a: alone.append(1) or plain(*a))
+    with torch.no_grad():
+        y = row_attend(q, k, v, scale, keep=True, grids=grids)
+    assert len(alone) == (3 if far or scale == 0.3 else 0)
+    assert error(y, reference(q, k, v, dy, scale)[0]) < 3e-3
+    needed = [t.detach().requires_grad_() for t in (q, k, v)]
+    assert torch.equal(y, row_attend(*needed, scale, keep=True, grids=grids))
+
+
 def counted(monkeypatch, owner, name: str) -> list[Tensor]:
     """The last arguments of calls to a function, which is still called."""
     taken: list[Tensor] = []
