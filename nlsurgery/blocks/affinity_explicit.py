@@ -102,22 +102,15 @@ class _Explicit(torch.autograd.Function):
     ) -> Tensor:
         batch, num_queries, num_keys = q.shape[0], q.shape[1], k.shape[1]
         narrow = keeps_bfloat16(q)
-        dtype = q.dtype if narrow else accumulator(q.dtype)
-        kept = q.new_empty(batch, num_queries, num_keys, dtype=dtype) if has_backward else None
-        if not narrow:
-            y = _attended(q, k, v, scale, kept)
+        kept: Tensor | None = None
+        if narrow and batch * num_queries * num_keys <= FEW_LOGITS:
+            y, kept = _few_attended(q, k, v, scale)
         else:
-            if batch * num_queries * num_keys <= FEW_LOGITS:
-                y, p = _few_attended(q, k, v, scale)
-                if has_backward:
-                    ctx.save_for_backward(q, k, v, p)
-                    ctx.scale = scale
-                return y
-            y = empty_as(v, num_queries)
-            for b in pieces(batch, GROUP_LOGITS // max(1, num_queries * num_keys)):
-                p = _exact_softmax(q[b], k[b], scale, None if kept is None else kept[b])
-                set_product(y[b], p, v[b], 1.0)
-        if kept is not None:
+            if has_backward:
+                dtype = q.dtype if narrow else accumulator(q.dtype)
+                kept = q.new_empty(batch, num_queries, num_keys, dtype=dtype)
+            y = (_attended_together if narrow else _attended)(q, k, v, scale, kept)
+        if has_backward:
             ctx.save_for_backward(q, k, v, kept)
             ctx.scale = scale
         return y.to(v.dtype)
@@ -152,6 +145,17 @@ def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float, kept: Tensor | None
         torch.bmm(part, keys[b].transpose(1, 2), out=logits)
         torch.softmax(logits, dim=-1, out=weights)
         set_product(y[b, i], weights, values[b], 1.0)
+    return y
+
+
+def _attended_together(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, kept: Tensor | None
+) -> Tensor:
+    """The attended values of bfloat16 items, several at a time; the softmax goes to ``kept``."""
+    y = empty_as(v, q.shape[1])
+    for b in pieces(q.shape[0], GROUP_LOGITS // max(1, q.shape[1] * k.shape[1])):
+        p = _exact_softmax(q[b], k[b], scale, None if kept is None else kept[b])
+        set_product(y[b], p, v[b], 1.0)
     return y
 
 
