@@ -59,12 +59,12 @@ def explicit_attend(
         (B, N, V) in the dtype of ``v``.
     """
     has_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    if is_compiled() and keeps_bfloat16(q) and _goes_by_rows(q, k, has_backward):
-        return operator_attend(q, k, v, scale, "explicit", keep=has_backward, grids=grids)
+    if is_compiled() and keeps_bfloat16(q):
+        if _goes_by_rows(q, k, has_backward):
+            return operator_attend(q, k, v, scale, "explicit", keep=has_backward, grids=grids)
+        return apply_map(_rounded_map(q, k, scale), v)
     if _is_plain(q, k, has_backward):
-        rounds = is_compiled() and keeps_bfloat16(q)
-        attention = _rounded_map(q, k, scale) if rounds else softmax_map(q, k, scale)
-        return apply_map(attention, v)
+        return apply_map(softmax_map(q, k, scale), v)
     if _goes_by_rows(q, k, has_backward):
         return row_attend(q, k, v, scale, keep=True, grids=grids)
     return _Explicit.apply(q, k, v, scale, has_backward)  # type: ignore[no-any-return]
@@ -104,7 +104,8 @@ class _Explicit(torch.autograd.Function):
         narrow = keeps_bfloat16(q)
         kept: Tensor | None = None
         if narrow and batch * num_queries * num_keys <= FEW_LOGITS:
-            y, kept = _few_attended(q, k, v, scale)
+            kept = _rounded_map(q, k, scale)
+            y = apply_map(kept, v)
         else:
             if has_backward:
                 dtype = q.dtype if narrow else accumulator(q.dtype)
@@ -159,41 +160,24 @@ def _attended_together(
     return y
 
 
-def _few_attended(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The attended values and the softmax, bfloat16, by as few calls as it takes."""
-    keys = k.transpose(1, 2)
-    rounded = torch.bmm(q, keys)
-    # What the rounding took.
-    rest = torch.baddbmm(rounded, q, keys, beta=-1.0)
-    logits = rounded.float().add_(rest)
-    p = (logits if scale == 1.0 else logits.mul_(scale)).softmax(-1).to(q.dtype)
-    return _as_lies(v, p, v), p
-
-
 def _few_gradients(
     q: Tensor, k: Tensor, v: Tensor, p: Tensor, scale: float, dy: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of what :func:`_few_attended` gives."""
-    dp = torch.bmm(dy, v.transpose(1, 2))
-    ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
-    across, dv = ds.transpose(1, 2), _as_lies(v, p.transpose(1, 2), dy)
-    dq, dk = _as_lies(q, ds, k), _as_lies(k, across, q)
-    return (dq, dk, dv) if scale == 1.0 else (dq.mul_(scale), dk.mul_(scale), dv)
-
-
-def _as_lies(tokens: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """A b, in memory as ``tokens`` lies: channels first or last."""
-    if tokens.stride(1) == 1:
-        return torch.bmm(b.transpose(1, 2), a.transpose(1, 2)).transpose(1, 2)
-    return torch.bmm(a, b)
+    """What :func:`gradients_over_chunks` gives of a map that needs no chunks, by as few calls as it takes."""
+    dq, dk, dv = (empty_as(tokens, tokens.shape[1]) for tokens in (q, k, v))
+    ds = torch._softmax_backward_data(torch.bmm(dy, v.transpose(1, 2)), p, -1, p.dtype)
+    set_product(dv, p.transpose(1, 2), dy, 1.0)
+    set_product(dq, ds, k, scale)
+    set_product(dk, ds.transpose(1, 2), q, scale)
+    return dq, dk, dv
 
 
 def _rounded_map(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """What :func:`_exact_softmax` gives, by operators that a compiler makes one pass of."""
+    """What :func:`_exact_softmax` gives, by few operators, of which a compiler makes one pass."""
     rounded = torch.bmm(q, k.transpose(1, 2))
     # What the rounding took; the gradient of the logits is that of their rounded part.
     rest = torch.baddbmm(rounded.detach(), q.detach(), k.detach().transpose(1, 2), beta=-1.0)
-    return scaled(rounded.float() + rest.float(), scale).softmax(-1).to(q.dtype)
+    return scaled(rounded.float() + rest, scale).softmax(-1).to(q.dtype)
 
 
 def _exact_softmax(q: Tensor, k: Tensor, scale: float, kept: Tensor | None) -> Tensor:

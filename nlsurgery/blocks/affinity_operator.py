@@ -110,7 +110,11 @@ def _attention(
     else:
         y, total, _ = tiled_values(q, k, v, scale)
     total = total.reshape(q.shape[:2]).contiguous()
-    return _laid(y.to(v.dtype), across[2]), total, _stacked(kept) if keep else q.new_empty(0)
+    return (
+        _laid(y.to(v.dtype), across[2]),
+        total,
+        products.stacked(kept) if keep else q.new_empty(0),
+    )
 
 
 @_attention.register_fake
@@ -162,19 +166,8 @@ def _attention_backward(
 
 
 @_attention_backward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    total: Tensor,
-    kept: Tensor,
-    dy: Tensor,
-    scale: float,
-    form: str,
-    across: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    pairs = zip((q, k, v), across, strict=True)
+def _(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    pairs = zip((q, k, v), others[-1], strict=True)
     dq, dk, dv = (_empty(t, t.shape[1], is_across) for t, is_across in pairs)
     return dq, dk, dv
 
@@ -205,10 +198,6 @@ def _empty(tokens: Tensor, count: int, across: bool) -> Tensor:
     batch, channels = tokens.shape[0], tokens.shape[2]
     shape = (batch, channels, count) if across else (batch, count, channels)
     return tokens.new_empty(shape)
-
-
-def _stacked(kept: list[Tensor]) -> Tensor:
-    return torch.stack(kept) if len(kept) > 1 else kept[0].unsqueeze(0)
 
 
 def _is_fused(q: Tensor, k: Tensor, v: Tensor, form: str) -> bool:

@@ -224,7 +224,7 @@ def _key_sums(q: Tensor, dy: Tensor, columns: list[slice]) -> tuple[_Sum, _Sum]:
 
 
 def divided(values: Tensor, by: Tensor, out: Tensor) -> Tensor:
-    """bfloat16 values (C, N) by float32 ones (N,), divided before they are rounded, written to (C, N)."""
+    """bfloat16 values by float32 ones that broadcast to them, divided before they are rounded: ``out``."""
     exact = Workspace(by, by.dtype, "rest").take(*values.shape).copy_(values)
     return out.copy_(exact.div_(by))
 

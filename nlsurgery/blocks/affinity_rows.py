@@ -25,6 +25,7 @@ from nlsurgery.blocks.products import (
     is_exact,
     is_power_of_two,
     product,
+    stacked,
 )
 
 #: The sizes of the queries' map, and of the keys' map.
@@ -180,8 +181,8 @@ def _items_together(
         values.append(product(v[b].t(), p.t()))
     if not _are_exact(sums):
         return None
-    y = torch.stack(values)
-    return y.float().div_(sums.unsqueeze(1)).to(y.dtype).transpose(1, 2)
+    y = stacked(values)
+    return divided(y, sums.unsqueeze(1), y).transpose(1, 2)
 
 
 def _are_exact(sums: Tensor) -> bool:

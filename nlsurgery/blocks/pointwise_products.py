@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nlsurgery.blocks.affinity import differentiable_gradients, scaled
 from nlsurgery.blocks.geometry import CHANNELS_LAST, is_compiled
-from nlsurgery.blocks.products import is_exact, product, product_and
+from nlsurgery.blocks.products import is_exact, product, product_and, stacked
 
 #: The weight (C', C, 1, …) of a 1×1 convolution, and its bias (C',).
 Layer = tuple[Tensor, Tensor | None]
@@ -95,7 +95,7 @@ class _Pointwise(torch.autograd.Function):
             if needed[0]:
                 gradients[0] = _added(gradients[0], dy, weight.t(), factor)
             if needed[2 * n + 1]:
-                gradients[2 * n + 1] = _scale_(_weight_gradient(dy, x), factor)
+                gradients[2 * n + 1] = _weight_gradient(dy, x, factor)
             if needed[2 * n + 2]:
                 gradients[2 * n + 2] = _bias_gradient(dy, factor)
         return gradients[0], None, *gradients[1:]
@@ -116,9 +116,7 @@ def _operator(
 
 
 @_operator.register_fake
-def _(
-    x: Tensor, weights: list[Tensor], biases: list[Tensor], has_bias: list[bool], factor: float
-) -> list[Tensor]:
+def _(x: Tensor, weights: list[Tensor], *_: Any) -> list[Tensor]:
     if x.dim() == 2:
         return [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
     return [x.new_empty(x.shape[0], w.shape[0], x.shape[2]) for w in weights]
@@ -131,14 +129,14 @@ def _(
 )
 def _input_gradient(upstream: list[Tensor], weights: list[Tensor], factor: float) -> Tensor:
     total = None
-    for n, (dy, weight) in enumerate(zip(upstream, weights, strict=True)):
-        total = _added(total, dy.contiguous(), weight.t(), 1.0 if n else factor)
+    for dy, weight, part in zip(upstream, weights, _factors(factor), strict=False):
+        total = _added(total, dy.contiguous(), weight.t(), part)
     assert total is not None
     return total
 
 
 @_input_gradient.register_fake
-def _(upstream: list[Tensor], weights: list[Tensor], factor: float) -> Tensor:
+def _(upstream: list[Tensor], weights: list[Tensor], _: float) -> Tensor:
     dy, channels = upstream[0], weights[0].shape[1]
     shape = (dy.shape[0], channels) if dy.dim() == 2 else (dy.shape[0], channels, dy.shape[2])
     return dy.new_empty(shape)
@@ -153,9 +151,9 @@ def _parameter_gradients(
     upstream: list[Tensor], x: Tensor, has_bias: list[bool], factor: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     weights, biases = [], []
-    for n, (dy, has) in enumerate(zip(upstream, has_bias, strict=True)):
-        dy, part = dy.contiguous(), 1.0 if n else factor
-        weights.append(_scale_(_weight_gradient(dy, x), part))
+    for given, has, part in zip(upstream, has_bias, _factors(factor), strict=False):
+        dy = given.contiguous()
+        weights.append(_weight_gradient(dy, x, part))
         if has:
             biases.append(_bias_gradient(dy, part))
     return weights, biases
@@ -163,7 +161,7 @@ def _parameter_gradients(
 
 @_parameter_gradients.register_fake
 def _(
-    upstream: list[Tensor], x: Tensor, has_bias: list[bool], factor: float
+    upstream: list[Tensor], x: Tensor, has_bias: list[bool], _: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     weights = [dy.new_empty(dy.shape[1], x.shape[1]) for dy in upstream]
     pairs = zip(upstream, has_bias, strict=True)
@@ -208,9 +206,13 @@ def _layers(
     parameters: Sequence[Tensor | None], factor: float
 ) -> Iterator[tuple[Tensor, Tensor | None, float]]:
     """Each weight, its bias and the factor."""
-    factors = chain((factor,), repeat(1.0))
-    layers = zip(parameters[::2], parameters[1::2], factors, strict=False)
+    layers = zip(parameters[::2], parameters[1::2], _factors(factor), strict=False)
     yield from layers  # type: ignore[misc]
+
+
+def _factors(factor: float) -> Iterator[float]:
+    """That of the first layer, and 1 for all others."""
+    return chain((factor,), repeat(1.0))
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -222,7 +224,7 @@ def _mapped(x: Tensor, weight: Tensor, bias: Tensor | None, factor: float) -> Te
     if is_exact(x):
         if x.dim() == 2:
             return _scale_(product(x, weight, bias), factor)
-        y = _stacked([product(weight, item.t()) for item in x])
+        y = stacked([product(weight, item.t()) for item in x])
         return _scale_(y if bias is None else y.add_(bias.unsqueeze(1)), factor)
     # The sum and the factor are part of the product.
     start = weight.new_zeros(1) if bias is None else scaled(bias, factor)
@@ -230,7 +232,7 @@ def _mapped(x: Tensor, weight: Tensor, bias: Tensor | None, factor: float) -> Te
         return torch.addmm(start, x, weight.t(), alpha=factor)
     start = start.unsqueeze(1)
     if x.shape[0] == 1:
-        return _stacked([torch.addmm(start, weight, x[0], alpha=factor)])
+        return stacked([torch.addmm(start, weight, x[0], alpha=factor)])
     return torch.baddbmm(start, _repeated(weight, x), x, alpha=factor)
 
 
@@ -243,7 +245,7 @@ def _added(total: Tensor | None, x: Tensor, weight: Tensor, factor: float) -> Te
         if x.dim() == 2:
             return product_and("add", total, x, weight)
         pairs = zip(total, x, strict=True)
-        return _stacked([product_and("add", part, weight, item.t()) for part, item in pairs])
+        return stacked([product_and("add", part, weight, item.t()) for part, item in pairs])
     if x.dim() == 2:
         return total.addmm_(x, weight.t(), alpha=factor)
     if x.shape[0] == 1:
@@ -252,26 +254,19 @@ def _added(total: Tensor | None, x: Tensor, weight: Tensor, factor: float) -> Te
     return total.baddbmm_(_repeated(weight, x), x, alpha=factor)
 
 
-def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """(C', C), the sum over positions of dy xᵀ."""
+def _weight_gradient(dy: Tensor, x: Tensor, factor: float) -> Tensor:
+    """(C', C), factor times the sum over positions of dy xᵀ."""
     if x.dim() == 2:
-        return product(dy.t(), x.t())
-    if x.shape[0] == 1 or is_exact(x):
+        dw = product(dy.t(), x.t())
+    elif x.shape[0] == 1 or is_exact(x):
         dw = product(dy[0], x[0])
         for upstream, item in zip(dy[1:], x[1:], strict=True):
             dw = product_and("add", dw, upstream, item)
-        return dw
-    # One product, as sums of several would be rounded.
-    dy, x = (t.transpose(0, 1).flatten(1) for t in (dy, x))
-    return product(dy, x)
-
-
-def _stacked(items: list[Tensor]) -> Tensor:
-    if len(items) > 1:
-        return torch.stack(items)
-    # Not a view, which could not be changed in place after a function of ours.
-    (item,) = items
-    return torch.ops.aten._unsafe_view(item, (1, *item.shape))  # type: ignore[no-any-return]
+    else:
+        # One product, as sums of several would be rounded.
+        dy, x = (t.transpose(0, 1).flatten(1) for t in (dy, x))
+        dw = product(dy, x)
+    return _scale_(dw, factor)
 
 
 def _repeated(weight: Tensor, x: Tensor) -> Tensor:

@@ -192,6 +192,15 @@ def first_factor(tokens: Tensor) -> Tensor:
     return tokens if tokens.shape[0] <= MANY_TOKENS else tokens.contiguous()
 
 
+def stacked(items: list[Tensor]) -> Tensor:
+    """Tensors of one shape as a batch; a single one is not copied."""
+    if len(items) > 1:
+        return torch.stack(items)
+    # Not a view, which could not be changed in place after a function of ours.
+    (item,) = items
+    return torch.ops.aten._unsafe_view(item, (1, *item.shape))  # type: ignore[no-any-return]
+
+
 def beside(*parts: Tensor) -> Tensor:
     """The channels of several (N, C), lying in memory as the first does."""
     if parts[0].stride(0) == 1:

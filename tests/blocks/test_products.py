@@ -312,8 +312,10 @@ def test_rows_equal_the_formula(keep, dtype, tolerance, spread, scale, sizes, ch
 @needs_bfloat16
 @pytest.mark.usefixtures("onednn", "small")
 @pytest.mark.parametrize("spread", [0.1, 1.0, 8.0, 60.0])
+@pytest.mark.parametrize("few", [0, 1 << 30], ids=["in chunks", "by few calls"])
 @pytest.mark.parametrize("item", [0, 1 << 30], ids=["item by item", "all at once"])
-def test_a_bfloat16_map_is_kept_and_exact(monkeypatch, item, spread):
+def test_a_bfloat16_map_is_kept_and_exact(monkeypatch, item, few, spread):
+    monkeypatch.setattr(affinity_explicit, "FEW_LOGITS", few)
     monkeypatch.setattr(affinity_explicit, "ITEM_LOGITS", item)
     monkeypatch.setattr(
         affinity_explicit, "ITEM_LOGITS_FORWARD", dict.fromkeys((False, True), item)
