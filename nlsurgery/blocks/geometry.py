@@ -134,7 +134,12 @@ def pool_keys(x: Tensor) -> Tensor:
         return F.max_pool1d(x, kernel)
     if len(spatial) == 2:
         return F.max_pool2d(x, kernel)
-    return F.max_pool3d(x, [1, *kernel[1:]])
+    return to_dtype_of(F.max_pool3d(x, [1, *kernel[1:]]), x)
+
+
+def to_dtype_of(pooled: Tensor, x: Tensor) -> Tensor:
+    """``pooled`` in the dtype of ``x``: under autocast torch's CPU pools in 3-D give float32."""
+    return pooled if pooled.dtype == x.dtype else pooled.to(x.dtype)
 
 
 def working_dtype(x: Tensor) -> torch.dtype:

@@ -12,7 +12,13 @@ from torch import Tensor
 from nlsurgery.blocks.affinity import logit_scale, softmax_map
 from nlsurgery.blocks.attend import attend
 from nlsurgery.blocks.base import ProjectedBlock
-from nlsurgery.blocks.geometry import checked_input, pointwise, reduced, to_tokens
+from nlsurgery.blocks.geometry import (
+    checked_input,
+    pointwise,
+    reduced,
+    to_dtype_of,
+    to_tokens,
+)
 from nlsurgery.blocks.registration import register
 from nlsurgery.blocks.residual import project_together
 from nlsurgery.errors import BlockError
@@ -37,7 +43,7 @@ def pyramid(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         sizes: Cells per dimension, of each level.
     """
     pool = _POOLS[x.dim()]
-    levels = [pool(x, [size] * (x.dim() - 2)) for size in sizes]
+    levels = [to_dtype_of(pool(x, [size] * (x.dim() - 2)), x) for size in sizes]
     return torch.cat([level.flatten(2) for level in levels], dim=2)
 
 

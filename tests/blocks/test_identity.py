@@ -103,8 +103,21 @@ def test_identity_under_autocast(name, given, dtype):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_autocast_on_maps_that_are_not_small(name, dtype):
     # Of more keys than a map is formed for: the other forms have requirements of their own.
-    block = randomised(build(name), std=0.2).eval()
-    x = torch.randn(1, 16, 40, 33, requires_grad=True)
+    assert_autocast_is_close(name, (40, 33), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("spatial", [(30,), (2, 4, 5), (2, 24, 27)], ids=str)
+@pytest.mark.parametrize("name", [name for name in BLOCKS if name not in IMAGES_ONLY])
+def test_autocast_on_sequences_and_clips(name, spatial, dtype):
+    # torch's CPU pools of clips give float32 there, whatever they are given.
+    assert_autocast_is_close(name, spatial, dtype)
+
+
+def assert_autocast_is_close(name: str, spatial: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Forward within rounding of float32, backward finite."""
+    block = randomised(build(name, dims=len(spatial)), std=0.2).eval()
+    x = torch.randn(1, 16, *spatial, requires_grad=True)
     exact = block(x) - x
     with torch.autocast("cpu", dtype=dtype):
         y = block(x) - x
