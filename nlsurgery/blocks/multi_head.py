@@ -111,7 +111,8 @@ def top_k_map(soft: Tensor, top_k: int) -> Tensor:
     """
     k = min(top_k, soft.shape[-1])
     index = soft.topk(k, dim=-1).indices
-    hard = torch.zeros_like(soft).scatter(-1, index, 1 / max(1, k))
+    # Divided last: a compiler knows no constant that depends on a size.
+    hard = torch.zeros_like(soft).scatter(-1, index, 1.0) / max(1, k)
     return hard + (soft - soft.detach())
 
 

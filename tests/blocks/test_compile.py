@@ -69,6 +69,19 @@ def test_compiles_as_one_graph(name, training):
     torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BLOCKS)
+def test_one_graph_of_torch_s_compiler_is_for_any_size(name):
+    block = random_block(name)
+    compiled = torch.compile(block, fullgraph=True, dynamic=True)
+    for size in ((6, 5), (9, 13)):
+        x = torch.randn(2, 16, *size, requires_grad=True)
+        y, expected = compiled(x), block(x)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        grads = [torch.autograd.grad(z.square().sum(), x)[0] for z in (y, expected)]
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_exports_with_dynamic_sizes(name):
     block = random_block(name)
