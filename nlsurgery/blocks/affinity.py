@@ -6,14 +6,14 @@ y_i = 1/C(x) · Σ_j f(x_i, x_j) g(x_j)  (Wang et al., CVPR 2018, Eq. 1).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nlsurgery.blocks.geometry import is_compiled
+from nlsurgery.blocks.geometry import is_batch_of, is_compiled
 
 #: The four pairwise functions of the paper.
 MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
@@ -41,18 +41,31 @@ def logit_scale(head_size: int, use_scale: bool) -> float:
     return 1.0 / math.sqrt(head_size) if use_scale else 1.0
 
 
-def differentiable_gradients(
-    y: Tensor | Sequence[Tensor], inputs: Sequence[Tensor | None], dy: Tensor | Sequence[Tensor]
+def takes_plain_gradients(*upstream: Tensor | None) -> bool:
+    """Whether a backward is differentiated again, or of a batch of gradients (``is_grads_batched``)."""
+    return torch.is_grad_enabled() or any(is_batch_of(dy) for dy in upstream if dy is not None)
+
+
+def plain_gradients(
+    form: Callable[[], Sequence[Tensor]],
+    inputs: Sequence[Tensor | None],
+    upstream: Sequence[Tensor | None],
 ) -> tuple[Any, ...]:
-    """Gradients that can be differentiated again (a gradient penalty does so).
+    """Gradients by plain operations, which can be differentiated again (a gradient penalty does so).
 
     Args:
-        y: Computed by plain operations from ``inputs``; one tensor or several.
+        form: Computes tensors from ``inputs`` by plain operations.
         inputs: Tensors; ``None`` is returned for those that need no gradient, and for ``None``.
-        dy: The gradient of ``y``, of each.
+        upstream: The gradient of each; ``None`` for 0.
     """
     needed = [tensor for tensor in inputs if tensor is not None and tensor.requires_grad]
-    found = iter(torch.autograd.grad(y, needed, dy, create_graph=True))
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        made = form()
+    given = [
+        torch.zeros_like(y) if dy is None else dy for y, dy in zip(made, upstream, strict=True)
+    ]
+    found = iter(torch.autograd.grad(made, needed, given, create_graph=again))
     return tuple(
         None if tensor is None or not tensor.requires_grad else next(found) for tensor in inputs
     )
@@ -124,7 +137,7 @@ def plain_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def softmax_gradients(q: Tensor, k: Tensor, v: Tensor, scale: float, dy: Tensor) -> tuple[Any, ...]:
-    """The gradients of :func:`plain_attend`, such that they can be differentiated again.
+    """The gradients of :func:`plain_attend` by plain operations.
 
     Args:
         q: (…, N, C') queries.
@@ -133,4 +146,4 @@ def softmax_gradients(q: Tensor, k: Tensor, v: Tensor, scale: float, dy: Tensor)
         scale: The factor on the logits.
         dy: (…, N, V) gradient.
     """
-    return differentiable_gradients(plain_attend(q, k, v, scale), (q, k, v), dy)
+    return plain_gradients(lambda: [plain_attend(q, k, v, scale)], (q, k, v), [dy])

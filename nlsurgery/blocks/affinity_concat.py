@@ -17,7 +17,8 @@ from torch import Tensor
 from nlsurgery.blocks.affinity import (
     accumulator,
     apply_map,
-    differentiable_gradients,
+    plain_gradients,
+    takes_plain_gradients,
     without_autocast,
 )
 from nlsurgery.blocks.geometry import takes_plain_operators
@@ -162,8 +163,8 @@ class _Sorted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         a, b, v = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return differentiable_gradients(_sorted_sums(a, b, v), (a, b, v), dy)
+        if takes_plain_gradients(dy):
+            return plain_gradients(lambda: [_sorted_sums(a, b, v)], (a, b, v), [dy])
         divisor = max(1, b.shape[1])
         dv, db = _relu_sums(b, a, dy, divisor, plain=v)
         da = _relu_sums(a, b, v, divisor, plain=dy)[1]

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from nlsurgery.blocks import products
-from nlsurgery.blocks.affinity import accumulator, apply_map, scaled, softmax_gradients, softmax_map
+from nlsurgery.blocks.affinity import (
+    accumulator,
+    apply_map,
+    scaled,
+    softmax_gradients,
+    softmax_map,
+    takes_plain_gradients,
+)
 from nlsurgery.blocks.affinity_chunks import (
     Workspace,
     centred,
@@ -119,7 +126,7 @@ class _Explicit(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         q, k, v, kept = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if takes_plain_gradients(dy):
             return *softmax_gradients(q, k, v, ctx.scale, dy), None, None
         queries, keys, values, dy = (t.to(kept.dtype) for t in (q, k, v, dy))
         if kept.dtype == torch.bfloat16:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nlsurgery.blocks.affinity import plain_attend, softmax_gradients
+from nlsurgery.blocks.affinity import plain_attend, softmax_gradients, takes_plain_gradients
 from nlsurgery.blocks.affinity_chunks import (
     Workspace,
     across,
@@ -111,7 +111,7 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         q, k, v, total, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if takes_plain_gradients(dy):
             return *softmax_gradients(q, k, v, ctx.scale, dy), None
         y = kept[0] if kept else None
         return *fused_gradients(q, k, v, y, total, dy, ctx.scale), None

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlsurgery.blocks.affinity import scaled, softmax_gradients
+from nlsurgery.blocks.affinity import scaled, softmax_gradients, takes_plain_gradients
 from nlsurgery.blocks.affinity_chunks import Workspace, pieces
 from nlsurgery.blocks.affinity_row_gradients import divided, row_gradients, rows_at_a_time
 from nlsurgery.blocks.products import (
@@ -94,7 +94,7 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         q, k, v, y, total, *kept = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if takes_plain_gradients(dy):
             return *softmax_gradients(q, k, v, ctx.scale, dy), None, None, None, None
         found = row_gradients(q, k, v, y, total, dy, ctx.scale, kept)
         return *found, None, None, None, None

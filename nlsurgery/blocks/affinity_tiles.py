@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlsurgery.blocks.affinity import accumulator, scaled, softmax_gradients
+from nlsurgery.blocks.affinity import accumulator, scaled, softmax_gradients, takes_plain_gradients
 from nlsurgery.blocks.affinity_chunks import Workspace, add_product, chunks, empty_as, pieces
 
 #: Devices on which a look at a value does not wait for what was begun before.
@@ -78,7 +78,7 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         q, k, v, y, total = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if takes_plain_gradients(dy):
             return *softmax_gradients(q, k, v, ctx.scale, dy), None
         dtype = accumulator(q.dtype)
         queries, keys, values, dy = (t.to(dtype) for t in (q, k, v, dy))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nlsurgery.blocks.affinity import accumulator, without_autocast
 from nlsurgery.blocks.base import ProjectedBlock
-from nlsurgery.blocks.geometry import pointwise, reduced, to_map, to_tokens
+from nlsurgery.blocks.geometry import is_eager, pointwise, reduced, to_map, to_tokens
 from nlsurgery.blocks.registration import register
 from nlsurgery.errors import BlockError
 
@@ -27,6 +27,8 @@ class Bases(nn.Module):
     """
 
     mu: Tensor
+    #: ``mu`` as the last forward found it, for gradient checkpointing to run that again.
+    before: Tensor | None = None
 
     def __init__(self, channels: int, num_bases: int, stages: int, momentum: float) -> None:
         super().__init__()
@@ -55,7 +57,7 @@ class ExpectationMaximisation(ProjectedBlock):
 
     Children: ``features`` (C → C'), ``bases``, ``out`` and the norm. In train mode ``bases.mu``
     follows the bases found in a batch by a moving average, as published: the one block here with
-    a state besides its norm's. ``momentum=1`` freezes it.
+    a state besides its norm's. ``momentum=1`` freezes it. Gradient checkpointing moves it once.
 
     Differs from the paper: bases are constants for the gradient, the last assignment is not, so
     that ``features`` learns; bases that are not finite leave ``mu`` as it was.
@@ -86,12 +88,24 @@ class ExpectationMaximisation(ProjectedBlock):
 def _rebuilt(bases: Bases, tokens: Tensor) -> Tensor:
     with without_autocast(tokens):
         wide = tokens.to(accumulator(tokens.dtype))
-        start = bases.mu.to(wide.dtype).expand(wide.shape[0], -1, -1)
+        follows = bases.training and bases.momentum < 1 and wide.shape[0] > 0
+        mu = bases.mu
+        if follows and is_eager():
+            if bases.before is not None and _runs_again():
+                mu, follows = bases.before, False
+            else:
+                bases.before = mu.clone()
+        start = mu.to(wide.dtype).expand(wide.shape[0], -1, -1)
         found = find_bases(wide.detach(), start, bases.stages)
         y = torch.relu((wide @ found).softmax(-1) @ found.transpose(1, 2))
-        if bases.training and bases.momentum < 1 and wide.shape[0]:
+        if follows:
             _follow(bases, found)
     return y.to(tokens.dtype)
+
+
+def _runs_again() -> bool:
+    """Whether a backward runs, which runs a forward again under gradient checkpointing."""
+    return torch._C._current_graph_task_id() != -1
 
 
 @torch.no_grad()

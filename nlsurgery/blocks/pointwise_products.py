@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nlsurgery.blocks.affinity import differentiable_gradients, scaled
+from nlsurgery.blocks.affinity import plain_gradients, scaled, takes_plain_gradients
 from nlsurgery.blocks.geometry import CHANNELS_LAST, is_compiled
 from nlsurgery.blocks.products import is_exact, product, product_and, stacked
 
@@ -78,13 +78,11 @@ class _Pointwise(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
         x, *parameters = ctx.saved_tensors
         inputs, needed = (x, *parameters), (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
-        if torch.is_grad_enabled():
-            made = [_plain(x, w, b) * f for w, b, f in _layers(parameters, ctx.factor)]
-            given = [
-                torch.zeros_like(y) if dy is None else dy
-                for y, dy in zip(made, upstream, strict=True)
-            ]
-            found = differentiable_gradients(made, inputs, given)
+        if takes_plain_gradients(*upstream):
+            layers = _layers(parameters, ctx.factor)
+            found = plain_gradients(
+                lambda: [_plain(x, w, b) * f for w, b, f in layers], inputs, upstream
+            )
             return found[0], None, *found[1:]
         gradients: list[Tensor | None] = [None] * len(inputs)
         for n, (weight, _, factor) in enumerate(_layers(parameters, ctx.factor)):

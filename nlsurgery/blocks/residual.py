@@ -16,7 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nlsurgery.blocks.geometry import CHANNELS_LAST, has_sizes, is_compiled, is_eager, working_dtype
+from nlsurgery.blocks.geometry import (
+    CHANNELS_LAST,
+    has_sizes,
+    is_batch_of,
+    is_compiled,
+    is_eager,
+    working_dtype,
+)
 from nlsurgery.blocks.memory_format import to_format_of
 from nlsurgery.blocks.norms import BatchNorm
 from nlsurgery.blocks.pointwise_products import pointwise_products
@@ -282,8 +289,13 @@ def _with_dense_gradient(z: Tensor) -> Tensor:
         return z
     last = CHANNELS_LAST.get(z.dim(), torch.contiguous_format)
     kind = last if z.is_contiguous(memory_format=last) else torch.contiguous_format
-    z.register_hook(partial(Tensor.contiguous, memory_format=kind))  # type: ignore[no-untyped-call]
+    z.register_hook(partial(_laid_out, kind=kind))  # type: ignore[no-untyped-call]
     return z
+
+
+def _laid_out(gradient: Tensor, kind: torch.memory_format) -> Tensor:
+    # Of many gradients at a time torch knows no memory format.
+    return gradient if is_batch_of(gradient) else gradient.contiguous(memory_format=kind)
 
 
 def _may_fold(norm: BatchNorm, y: Tensor) -> bool:

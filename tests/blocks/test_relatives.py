@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nlsurgery.blocks import (
     AsymmetricNonLocal,
@@ -287,6 +289,18 @@ def test_ema_s_bases_follow_in_training():
     expected = 0.9 * block.bases.mu[0] + 0.1 * average
     block(x)
     torch.testing.assert_close(block.bases.mu[0], expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_ema_s_forward_runs_again_from_the_bases_it_had(use_reentrant):
+    x, block = feature_map(2).requires_grad_(), made(ExpectationMaximisation, num_bases=3).train()
+    for _ in range(2):
+        other = copy.deepcopy(block)
+        (wanted,) = torch.autograd.grad(other(x).square().sum(), x)
+        x.grad = None
+        checkpoint(block, x, use_reentrant=use_reentrant).square().sum().backward()
+        assert torch.equal(x.grad, wanted)
+        assert torch.equal(block.bases.mu, other.bases.mu)
 
 
 def test_ema_learns_its_features():

@@ -59,3 +59,36 @@ def test_forward_mode(form):
     step = 1e-6
     wanted = (block(x + step * tangent) - block(x - step * tangent)) / (2 * step)
     torch.testing.assert_close(found, wanted.detach(), rtol=1e-6, atol=1e-6)
+
+
+def check_batches_of_gradients(block: nn.Module, x: Tensor) -> None:
+    x.requires_grad_()
+    y, wanted_of = block(x), [x, *block.parameters()]
+    upstream = torch.randn(2, *y.shape, dtype=x.dtype)
+
+    def gradients(dy: Tensor, batched: bool) -> tuple[Tensor | None, ...]:
+        return torch.autograd.grad(
+            y, wanted_of, dy, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        )
+
+    found = gradients(upstream, True)
+    for index, dy in enumerate(upstream):
+        for batch, wanted in zip(found, gradients(dy, False), strict=True):
+            if wanted is not None:
+                limit = 1e-9 if x.dtype == torch.float64 else 1e-4
+                assert (batch[index] - wanted).norm() <= limit * max(1.0, float(wanted.norm()))
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_batches_of_gradients_of_every_block(name):
+    # What torch.autograd.functional.jacobian(vectorize=True) asks for.
+    block = randomised(build(name), std=0.2).double().eval()
+    check_batches_of_gradients(block, torch.randn(2, 16, 6, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("processor", ["mkl", "onednn"])
+@pytest.mark.parametrize(("mode", "form"), PAIRS)
+def test_batches_of_gradients_of_every_form(mode, form, processor, request):
+    request.getfixturevalue(processor)
+    block = NonLocal(16, 8, mode=mode, implementation=form)
+    check_batches_of_gradients(randomised(block, std=0.2).eval(), torch.randn(2, 16, 20, 41))
