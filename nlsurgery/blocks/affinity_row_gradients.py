@@ -8,6 +8,7 @@ part: what belongs to a query is then a bias of a product.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +45,25 @@ def rows_at_a_time(num_keys: int, tokens: Tensor) -> int:
     return max(64, min(FAST_ROWS[exact], MANY_ROWS // size), ROWS[exact] // size)
 
 
+class _Item(NamedTuple):
+    """What the gradients of one item of a batch are made from."""
+
+    #: (N, C') queries.
+    q: Tensor
+    #: (M, C') keys.
+    k: Tensor
+    #: (M, V) values.
+    v: Tensor
+    #: (N, V), the attended values.
+    y: Tensor
+    #: (N,), each row's logarithm of its sum of exponentials.
+    total: Tensor
+    #: (N, V) gradient.
+    dy: Tensor
+    #: The factor on the logits.
+    scale: float
+
+
 def row_gradients(
     q: Tensor,
     k: Tensor,
@@ -72,11 +92,11 @@ def row_gradients(
         found = [empty_as(t, t.shape[1]) for t in like]
     q, k, v, y, dy = (computed(t) for t in (q, k, v, y, dy))
     for b in range(q.shape[0]):
-        item = q[b], k[b], v[b], y[b], total[b], dy[b], scale
+        item = _Item(q[b], k[b], v[b], y[b], total[b], dy[b], scale)
         if kept:
-            _kept_gradients(*item, kept[b], dq[b], found[0][b], found[1][b])
+            _kept_gradients(item, kept[b], dq[b], found[0][b], found[1][b])
             continue
-        dk, dv, unit = (_exact_gradients if is_exact(v) else _gradients)(*item, dq[b])
+        dk, dv, unit = (_exact_gradients if is_exact(v) else _gradients)(item, dq[b])
         for n, (gathered, factor) in enumerate(((dk, scale * unit), (dv, unit))):
             if b == 0:
                 # Not before: until then the sums of an item and its map take the memory.
@@ -86,31 +106,17 @@ def row_gradients(
     return dq, key_gradient, value_gradient
 
 
-def _exact_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    total: Tensor,
-    dy: Tensor,
-    scale: float,
-    to: Tensor,
-) -> tuple[_Sum, _Sum, float]:
+def _exact_gradients(item: _Item, to: Tensor) -> tuple[_Sum, _Sum, float]:
     """Over tiles, as float32 exponentials are a pass over them.
 
     Args:
-        q: (N, C') queries.
-        k: (M, C') keys.
-        v: (M, V) values.
-        y: (N, V), the attended values.
-        total: (N,), each row's logarithm of its sum of exponentials.
-        dy: (N, V) gradient.
-        scale: The factor on the logits.
+        item: Of float32.
         to: (N, C'), where the gradient of the queries is written.
 
     Returns:
         The sums of the gradients of keys and values, and what both are to be multiplied with.
     """
+    q, k, v, y, total, dy, scale = item
     columns = list(pieces(k.shape[0], TILE_KEYS, EVEN))
     floor = FLOOR / LOG_2 if is_spread(q, k, total, scale) else None
     bias, dot = total / -LOG_2, dy.mul(y).sum(-1).neg_()
@@ -134,17 +140,9 @@ def _exact_gradients(
     return dk, dv, 1.0
 
 
-def _gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    total: Tensor,
-    dy: Tensor,
-    scale: float,
-    to: Tensor,
-) -> tuple[_Sum, _Sum, float]:
+def _gradients(item: _Item, to: Tensor) -> tuple[_Sum, _Sum, float]:
     """In bfloat16, over rows of all keys; arguments and result are those of :func:`_exact_gradients`."""
+    q, k, v, y, total, dy, scale = item
     rows = list(pieces(q.shape[0], rows_at_a_time(k.shape[0], k), EVEN))
     queries, keys = factors(q, k, scale)
     keys, bias, unit = first_factor(keys), -(total + ABOVE_TOTAL * LOG_2), 2.0**ABOVE_TOTAL
@@ -164,34 +162,17 @@ def _gradients(
     return dk, dv, unit
 
 
-def _kept_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    y: Tensor,
-    total: Tensor,
-    dy: Tensor,
-    scale: float,
-    p: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-) -> None:
+def _kept_gradients(item: _Item, p: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
     """In bfloat16, of a map that was kept.
 
     Args:
-        q: (N, C') queries.
-        k: (M, C') keys.
-        v: (M, V) values.
-        y: (N, V), the attended values.
-        total: (N,), the sum of each column of ``p``.
-        dy: (N, V) gradient.
-        scale: The factor on the logits.
+        item: Its ``total`` is the sum of each column of ``p``.
         p: (M, N), the softmax, each column times a factor.
         dq: (N, C'), where the gradient of the queries is written.
         dk: (M, C'), likewise.
         dv: (M, V), likewise.
     """
+    q, k, v, y, total, dy, scale = item
     dy = divided(dy.t(), total, torch.empty_like(dy).t()).t()
     dot, ones = dy.mul(y).sum(-1).neg_(), v.new_ones(1, v.shape[0])
     set_product(dv, p, dy, 1.0)
