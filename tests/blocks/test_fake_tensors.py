@@ -77,6 +77,10 @@ def cuda(request, monkeypatch):
             if hasattr(module, "is_eager"):
                 monkeypatch.setattr(module, "is_eager", lambda: not is_transformed())
     with FakeTensorMode():
+        try:
+            torch.empty(1, device="cuda").uniform_()
+        except RuntimeError:
+            pytest.skip("torch 2.6 draws even fake numbers on a GPU")
         yield
 
 
