@@ -68,9 +68,9 @@ def blocks_without_gradient(
             f"{type(model).__name__} lives on the meta device, where there are no gradients: give it "
             f"weights first, or leave gradient=True out"
         )
-    part, args, kwargs = first_input(copy.deepcopy(model).eval(), input_size, example_input)
-    blocks = inserted_blocks(part.model)
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
+        part, args, kwargs = first_input(copy.deepcopy(model).eval(), input_size, example_input)
+        blocks = inserted_blocks(part.model)
         torch.manual_seed(0)
         _fill_zeros(part.model)
         part.model.requires_grad_(False)

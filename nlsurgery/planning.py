@@ -215,14 +215,15 @@ def make_record(point: InsertionPoint, plan: Plan, order: int) -> Record:
     )
 
 
+@torch.inference_mode(False)  # the caller may be in it: nothing would be kept for backward
 def _cost(point: InsertionPoint) -> tuple[int, int, int]:
     """(parameters, FLOPs of one forward, bytes kept for backward) of a block, on meta tensors."""
     size = point.feature.feature_size
     if point.site.layout.dims == 1:
         size = (math.prod(size),)
     with torch.device("meta"):
-        block = build_block(point)
-        x = torch.empty((1, point.feature.num_chs, *size), requires_grad=True)
+        block = build_block(point).float()
+        x = torch.empty((1, point.feature.num_chs, *size), dtype=torch.float32, requires_grad=True)
     params = sum(p.numel() for p in block.parameters())
     own = {p.data_ptr() if p.device.type != "meta" else id(p) for p in block.parameters()}
     storages: dict[int, int] = {}
@@ -239,6 +240,6 @@ def _cost(point: InsertionPoint) -> tuple[int, int, int]:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         block(x.detach())
     block.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         block(x)
     return params, counter.get_total_flops(), sum(storages.values())

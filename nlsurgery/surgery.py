@@ -169,7 +169,8 @@ def apply(
         (record.order for _, _, inserted in hosts(model) for record in inserted.records), default=-1
     )
     work = []
-    with torch.random.fork_rng(devices=[]):
+    # Parameters made in inference mode could never be trained.
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.device("cpu"):
         for point in made.points:
             host = part.get_submodule(point.site.host)
             like = _representative(part, point.site.host)

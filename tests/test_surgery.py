@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,36 @@ def test_plan_counts_flops_as_the_formula_says(model: nn.Module) -> None:
     assert row.num_positions == n
     assert row.flops == projections + products
     assert row.activation_bytes >= 4 * n * (c + 3 * inner)
+
+
+@contextmanager
+def double_precision() -> Iterator[None]:
+    """What is made is of float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, double_precision])
+def test_what_surgery_says_and_makes_does_not_depend_on_the_caller_s_mode(
+    model: nn.Module, image: Tensor, mode: Any
+) -> None:
+    expected = nlsurgery.plan(model, FIVE)
+    with mode():
+        assert nlsurgery.plan(model, FIVE).to_dict() == expected.to_dict()
+        nlsurgery.apply(model, FIVE)
+        nlsurgery.verify(model, gradient=True)
+    model.train()(image).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_blocks_are_made_where_their_hosts_are(model: nn.Module, image: Tensor) -> None:
+    before = model(image)
+    with torch.device("meta"):
+        nlsurgery.apply(model, FIVE)
+    assert torch.equal(model(image), before)
 
 
 def test_remove_gives_the_original_back_exactly(model: nn.Module, image: Tensor) -> None:
