@@ -17,7 +17,14 @@ from nlsurgery.blocks.affinity import (
     softmax_map,
 )
 from nlsurgery.blocks.affinity_concat import scalar_sum_map
-from nlsurgery.blocks.attend import attend, laid_out, logit_part, logits_and_values, num_keys
+from nlsurgery.blocks.attend import (
+    attend,
+    laid_out,
+    logit_part,
+    logits_and_values,
+    num_keys,
+    pair_weight,
+)
 from nlsurgery.blocks.choose import checked_implementation, choose_implementation
 from nlsurgery.blocks.few import are_few, few_non_local
 from nlsurgery.blocks.geometry import (
@@ -43,6 +50,7 @@ for _name in ("add_projected", "attend", "checked_input", "dot_product_map", "la
 for _name in (
     "logit_part",
     "logits_and_values",
+    "pair_weight",
     "pool_keys",
     "project",
     "project_scaled",
@@ -255,14 +263,14 @@ class NonLocal(nn.Module):
                 k, v = project_together(early, self.phi, self.g)
             return q, self._pooled(k, "after_conv"), self._pooled(v, "after_conv"), scale
         if self.mode == "concatenation" and not self.sub_sample:
-            weight = cast(Tensor, self.concat_project.weight)
+            weight = pair_weight(self.concat_project, x, self.inter_channels)
             a, b, v = logits_and_values(x, self.theta, self.phi, self.g, weight)
             return a, b, v, self.scale
         v = self._pooled(project(self.g, early), "after_conv")
         if self.mode == "gaussian":
             x = x.to(v.dtype)  # under autocast
             return x, pool_keys(x) if self.sub_sample else x, v, self.scale
-        weight = cast(Tensor, self.concat_project.weight)
+        weight = pair_weight(self.concat_project, x, self.inter_channels)
         a = logit_part(x, self.theta, weight, True)
         if self.pool_order == "after_conv":
             return a, logit_part(pool_keys(self.phi(x)), None, weight, False), v, self.scale

@@ -13,7 +13,7 @@ from nlsurgery.blocks.geometry import CONVS
 from nlsurgery.blocks.projection import is_small_product
 from nlsurgery.blocks.residual import project_together
 
-from .cases import BFLOAT16, needs_bfloat16
+from .cases import BFLOAT16, MODES, feature_map, needs_bfloat16, randomised
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -238,3 +238,50 @@ def test_small_projections_are_products(
     hooked = modules[0]
     hooked.register_forward_hook(lambda *_: torch.zeros(()))
     assert residual.project(hooked, x).shape == ()
+
+
+class Adapted(nn.Module):
+    """A layer and a low-rank map of the same input beside it, as fine-tuning by adapters has it."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        self.down = type(base)(base.in_channels, 1, 1, bias=False)
+        self.up = type(base)(1, base.out_channels, 1, bias=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+    def merged(self) -> nn.Module:
+        """The same as one layer."""
+        layer = copy.deepcopy(self.base)
+        with torch.no_grad():
+            product = self.up.weight.flatten(1) @ self.down.weight.flatten(1)
+            layer.weight += product.view_as(layer.weight)
+        return layer
+
+
+@pytest.mark.parametrize("sub_sample", [False, True], ids=["all", "sub"])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_adapters_in_place_of_projections_act(mode, dims, sub_sample):
+    block = randomised(NonLocal(6, dims=dims, mode=mode, sub_sample=sub_sample)).double().eval()
+    adapted, merged = copy.deepcopy(block), copy.deepcopy(block)
+    for name in ("theta", "phi", "g", "concat_project", "out"):
+        if hasattr(block, name):
+            layer = randomised(Adapted(getattr(block, name)).double(), seed=len(name))
+            setattr(adapted, name, layer)
+            setattr(merged, name, layer.merged())
+    x = feature_map(dims)
+    assert not torch.allclose(adapted(x), block(x), rtol=1e-3)
+    torch.testing.assert_close(adapted(x), merged(x), rtol=1e-10, atol=1e-10)
+    adapted(x).sum().backward()
+    assert all(p.grad is not None for p in adapted.parameters())
