@@ -63,14 +63,19 @@ def is_plain(module: nn.Module) -> bool:
     That is so for torch's own 1×1 convolutions without groups or hooks; a replaced, quantised,
     parametrised or hooked projection is always called.
     """
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    hooks = hooks or module._backward_hooks or module._backward_pre_hooks
-    if type(module) not in _CONVS or hooks or "forward" in module.__dict__:
+    if type(module) not in _CONVS or is_hooked(module):
         return False
     assert isinstance(module, _CONVS)
     if module.kernel_size not in _ONES or module.stride not in _ONES:
         return False
     return module.groups == 1 and module.padding in _NO_PADDING
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class says."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    hooks = hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 @torch.fx.wrap

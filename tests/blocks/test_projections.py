@@ -14,6 +14,7 @@ from nlsurgery.blocks.projection import is_small_product
 from nlsurgery.blocks.residual import project_together
 
 from .cases import BFLOAT16, MODES, feature_map, needs_bfloat16, randomised
+from .test_identity import RELATIVES, build
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -246,8 +247,12 @@ class Adapted(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
-        self.down = type(base)(base.in_channels, 1, 1, bias=False)
-        self.up = type(base)(1, base.out_channels, 1, bias=False)
+        if isinstance(base, nn.Linear):
+            self.down = nn.Linear(base.in_features, 1, bias=False)
+            self.up = nn.Linear(1, base.out_features, bias=False)
+        else:
+            self.down = type(base)(base.in_channels, 1, 1, bias=False)
+            self.up = type(base)(1, base.out_channels, 1, bias=False)
 
     @property
     def weight(self) -> Tensor:
@@ -269,19 +274,34 @@ class Adapted(nn.Module):
         return layer
 
 
+def check_adapters(block: nn.Module, x: Tensor) -> None:
+    """A low-rank map beside one 1×1 convolution or linear layer after the other acts as if it were merged."""
+    for path, layer in list(block.named_modules()):
+        if not isinstance(layer, (nn.Linear, *CONVS.values())):
+            continue
+        if getattr(layer, "groups", 1) > 1 or max(layer.weight.shape[2:], default=1) > 1:
+            continue
+        adapter = randomised(Adapted(layer).double())
+        found = []
+        for module in (adapter, adapter.merged()):
+            other = copy.deepcopy(block)
+            host, _, name = path.rpartition(".")
+            other.get_submodule(host)._modules[name] = module
+            found.append(other(x))
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+        found[0].sum().backward()
+        assert adapter.up.weight.grad is not None
+
+
 @pytest.mark.parametrize("sub_sample", [False, True], ids=["all", "sub"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("mode", MODES)
 def test_adapters_in_place_of_projections_act(mode, dims, sub_sample):
-    block = randomised(NonLocal(6, dims=dims, mode=mode, sub_sample=sub_sample)).double().eval()
-    adapted, merged = copy.deepcopy(block), copy.deepcopy(block)
-    for name in ("theta", "phi", "g", "concat_project", "out"):
-        if hasattr(block, name):
-            layer = randomised(Adapted(getattr(block, name)).double(), seed=len(name))
-            setattr(adapted, name, layer)
-            setattr(merged, name, layer.merged())
-    x = feature_map(dims)
-    assert not torch.allclose(adapted(x), block(x), rtol=1e-3)
-    torch.testing.assert_close(adapted(x), merged(x), rtol=1e-10, atol=1e-10)
-    adapted(x).sum().backward()
-    assert all(p.grad is not None for p in adapted.parameters())
+    block = NonLocal(6, dims=dims, mode=mode, sub_sample=sub_sample)
+    check_adapters(randomised(block).double().eval(), feature_map(dims))
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_adapters_in_the_relatives_act(name):
+    block = randomised(build(name), std=0.3).double().eval()
+    check_adapters(block, torch.randn(2, 16, 6, 5, dtype=torch.float64))
