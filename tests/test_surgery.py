@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 import nlsurgery
 from nlsurgery.errors import ModelError, RecipeError, SelectorError, SurgeryError, VerifyError
+from tests.blocks.cases import default_dtype
 from tests.models import Residual, SharedActivation, TinyResNet, randomise_blocks, trained_looking
 
 
@@ -123,17 +123,11 @@ def test_plan_counts_flops_as_the_formula_says(model: nn.Module) -> None:
     assert row.activation_bytes >= 4 * n * (c + 3 * inner)
 
 
-@contextmanager
-def double_precision() -> Iterator[None]:
-    """What is made is of float64."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, double_precision])
+@pytest.mark.parametrize(
+    "mode",
+    [torch.no_grad, torch.inference_mode, partial(default_dtype, torch.float64)],
+    ids=["no_grad", "inference_mode", "float64"],
+)
 def test_what_surgery_says_and_makes_does_not_depend_on_the_caller_s_mode(
     model: nn.Module, image: Tensor, mode: Any
 ) -> None:

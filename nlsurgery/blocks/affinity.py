@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nlsurgery.blocks.geometry import is_batch_of, is_compiled
+from nlsurgery.blocks.geometry import is_batched, is_compiled
 
 #: The four pairwise functions of the paper.
 MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
@@ -43,7 +43,7 @@ def logit_scale(head_size: int, use_scale: bool) -> float:
 
 def takes_plain_gradients(*upstream: Tensor | None) -> bool:
     """Whether a backward is differentiated again, or of a batch of gradients (``is_grads_batched``)."""
-    return torch.is_grad_enabled() or any(is_batch_of(dy) for dy in upstream if dy is not None)
+    return torch.is_grad_enabled() or any(is_batched(dy) for dy in upstream if dy is not None)
 
 
 def plain_gradients(

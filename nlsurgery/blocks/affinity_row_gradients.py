@@ -56,7 +56,7 @@ class _Item(NamedTuple):
     v: Tensor
     #: (N, V), the attended values.
     y: Tensor
-    #: (N,), each row's logarithm of its sum of exponentials.
+    #: (N,), each row's logarithm of its sum of exponentials, or its column's sum in a kept map.
     total: Tensor
     #: (N, V) gradient.
     dy: Tensor

@@ -225,21 +225,6 @@ def logits_and_values(
 
 
 @torch.fx.wrap
-def pair_weight(projection: nn.Module, x: Tensor, inner: int) -> Tensor:
-    """The 2C' values of ``concat_project``, queries first; a layer in its place is called, and is linear.
-
-    Args:
-        projection: The 1×1 convolution (B, 2C', H, W) → (B, 1, H, W), or what replaces it.
-        x: The block's input.
-        inner: C'.
-    """
-    if is_plain(projection):
-        return parameters_of(projection)[0]
-    units = torch.eye(2 * inner, dtype=x.dtype, device=x.device)
-    return projection(units.view(2 * inner, -1, 1, 1))  # type: ignore[no-any-return]
-
-
-@torch.fx.wrap
 def logit_part(x: Tensor, projection: nn.Module | None, weight: Tensor, first: bool) -> Tensor:
     """Compute w · projection(x), the part of a concatenation's logits that comes from one side.
 

@@ -15,10 +15,11 @@ from nlsurgery.blocks.geometry import checked_input, pointwise, to_tokens
 from nlsurgery.blocks.linear_attention import checked_heads
 from nlsurgery.blocks.multi_head import split_heads
 from nlsurgery.blocks.registration import register
-from nlsurgery.blocks.residual import is_hooked
+from nlsurgery.blocks.residual import matrix_of
 from nlsurgery.errors import BlockError
 
-torch.fx.wrap("checked_input")
+for _name in ("checked_input", "matrix_of"):
+    torch.fx.wrap(_name)
 
 
 @torch.fx.wrap
@@ -112,26 +113,12 @@ class GeneralizedAttention(GammaBlock):
         query = self.query(x) if content or relative else None
         key = self.key(keys) if content or self.terms[2] == "1" else None
         layers: Iterable[nn.Module] = self.offset if hasattr(self, "offset") else ()
-        offsets = [offset_weight(layer, x, self.code_size) for layer in layers]
+        offsets = [matrix_of(layer, x, self.code_size) for layer in layers]
         biases = getattr(self, "content_bias", None), getattr(self, "position_bias", None)
         switches = content, relative
         return four_terms(
             x, keys, query, key, offsets, biases, self.heads, self.kv_stride, switches
         )
-
-
-@torch.fx.wrap
-def offset_weight(layer: nn.Module, x: Tensor, code_size: int) -> Tensor:
-    """R of one axis, (C, code size); what replaces the linear layer is called, and is linear.
-
-    Args:
-        layer: ``offset`` of the axis.
-        x: The block's input.
-        code_size: Of the codes of offsets.
-    """
-    if type(layer) is nn.Linear and not is_hooked(layer):
-        return layer.weight
-    return layer(torch.eye(code_size, dtype=x.dtype, device=x.device)).T  # type: ignore[no-any-return]
 
 
 @torch.fx.wrap

@@ -63,7 +63,7 @@ def is_transformed() -> bool:
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
-def is_batch_of(gradient: Tensor) -> bool:
+def is_batched(gradient: Tensor) -> bool:
     """Whether a gradient stands for a batch of them (``is_grads_batched``), which few operators take."""
     return torch._C._functorch.is_legacy_batchedtensor(gradient)  # type: ignore[attr-defined, no-any-return]
 

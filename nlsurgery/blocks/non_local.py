@@ -23,7 +23,6 @@ from nlsurgery.blocks.attend import (
     logit_part,
     logits_and_values,
     num_keys,
-    pair_weight,
 )
 from nlsurgery.blocks.choose import checked_implementation, choose_implementation
 from nlsurgery.blocks.few import are_few, few_non_local
@@ -39,6 +38,7 @@ from nlsurgery.blocks.norms import build_norm
 from nlsurgery.blocks.registration import register
 from nlsurgery.blocks.residual import (
     add_projected,
+    matrix_of,
     project,
     project_scaled,
     project_together,
@@ -50,7 +50,7 @@ for _name in ("add_projected", "attend", "checked_input", "dot_product_map", "la
 for _name in (
     "logit_part",
     "logits_and_values",
-    "pair_weight",
+    "matrix_of",
     "pool_keys",
     "project",
     "project_scaled",
@@ -263,14 +263,14 @@ class NonLocal(nn.Module):
                 k, v = project_together(early, self.phi, self.g)
             return q, self._pooled(k, "after_conv"), self._pooled(v, "after_conv"), scale
         if self.mode == "concatenation" and not self.sub_sample:
-            weight = pair_weight(self.concat_project, x, self.inter_channels)
+            weight = matrix_of(self.concat_project, x, 2 * self.inter_channels, 1, 1)
             a, b, v = logits_and_values(x, self.theta, self.phi, self.g, weight)
             return a, b, v, self.scale
         v = self._pooled(project(self.g, early), "after_conv")
         if self.mode == "gaussian":
             x = x.to(v.dtype)  # under autocast
             return x, pool_keys(x) if self.sub_sample else x, v, self.scale
-        weight = pair_weight(self.concat_project, x, self.inter_channels)
+        weight = matrix_of(self.concat_project, x, 2 * self.inter_channels, 1, 1)
         a = logit_part(x, self.theta, weight, True)
         if self.pool_order == "after_conv":
             return a, logit_part(pool_keys(self.phi(x)), None, weight, False), v, self.scale

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nlsurgery.blocks.geometry import (
     CHANNELS_LAST,
     has_sizes,
-    is_batch_of,
+    is_batched,
     is_compiled,
     is_eager,
     working_dtype,
@@ -63,7 +63,7 @@ def is_plain(module: nn.Module) -> bool:
     That is so for torch's own 1×1 convolutions without groups or hooks; a replaced, quantised,
     parametrised or hooked projection is always called.
     """
-    if type(module) not in _CONVS or is_hooked(module):
+    if type(module) not in _CONVS or _is_hooked(module):
         return False
     assert isinstance(module, _CONVS)
     if module.kernel_size not in _ONES or module.stride not in _ONES:
@@ -71,7 +71,7 @@ def is_plain(module: nn.Module) -> bool:
     return module.groups == 1 and module.padding in _NO_PADDING
 
 
-def is_hooked(module: nn.Module) -> bool:
+def _is_hooked(module: nn.Module) -> bool:
     """Whether calling a module does more than its class says."""
     hooks = module._forward_hooks or module._forward_pre_hooks
     hooks = hooks or module._backward_hooks or module._backward_pre_hooks
@@ -182,6 +182,24 @@ def _joins(x: Tensor, weights: Sequence[Tensor]) -> bool:
         return False
     size = sum(weight.numel() for weight in weights)
     return size <= MANY_WEIGHTS or x.numel() >= x.shape[1] ** 2
+
+
+@torch.fx.wrap
+def matrix_of(layer: nn.Module, x: Tensor, *size: int) -> Tensor:
+    """The weight of a 1×1 convolution or linear layer that is used as a matrix.
+
+    Args:
+        layer: The module; one that is neither is called, and is linear.
+        x: What has the dtype and device of its inputs.
+        size: Of one input: (C,) or (C, 1, 1).
+
+    Returns:
+        (C', C), or (C', C, 1, 1).
+    """
+    if is_plain(layer) or (type(layer) is nn.Linear and not _is_hooked(layer)):
+        return parameters_of(layer)[0]
+    units = torch.eye(size[0], dtype=x.dtype, device=x.device).view(-1, *size)
+    return layer(units).flatten(1).T  # type: ignore[no-any-return]
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -300,7 +318,7 @@ def _with_dense_gradient(z: Tensor) -> Tensor:
 
 def _laid_out(gradient: Tensor, kind: torch.memory_format) -> Tensor:
     # Of many gradients at a time torch knows no memory format.
-    return gradient if is_batch_of(gradient) else gradient.contiguous(memory_format=kind)
+    return gradient if is_batched(gradient) else gradient.contiguous(memory_format=kind)
 
 
 def _may_fold(norm: BatchNorm, y: Tensor) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,17 @@ needs_bfloat16 = pytest.mark.skipif(
 )
 BFLOAT16 = pytest.param(torch.bfloat16, marks=needs_bfloat16)
 MODES = ("gaussian", "embedded_gaussian", "dot_product", "concatenation")
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """What is made without a dtype has this one: parameters of fake tensors can not be cast."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def feature_map(dims: int = 2, *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:

@@ -14,19 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nlsurgery.blocks import NonLocal, products
 from nlsurgery.blocks.geometry import is_transformed
 
+from .cases import default_dtype
 from .test_forms import PAIRS
 from .test_identity import BLOCKS, build
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """What is made has this dtype: parameters of fake tensors can not be cast."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def check(make: Callable[[], nn.Module], *shape: int, dtype: torch.dtype = torch.float32) -> None:

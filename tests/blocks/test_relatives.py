@@ -33,7 +33,7 @@ from nlsurgery.blocks import (
 )
 from nlsurgery.errors import BlockError
 
-from .cases import feature_map, randomised
+from .cases import default_dtype, feature_map, randomised
 from .reference import attended, batch_norm, conv1x1, dot, pairwise, pooled, rows, softmax
 
 EXACT = {"rtol": 1e-10, "atol": 1e-10}
@@ -432,11 +432,8 @@ def four_terms(block, x: Tensor) -> tuple[Tensor, Tensor]:
 def test_generalized(dims, terms):
     x = feature_map(dims)[:, :, :2]
     block = made(GeneralizedAttention, dims, heads=3, terms=terms)
-    torch.set_default_dtype(torch.float64)
-    try:
+    with default_dtype(torch.float64):
         branch, maps = four_terms(block, x)
-    finally:
-        torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(block.attention(x), maps, **EXACT)
     torch.testing.assert_close(block(x), x + block.gamma * branch, **EXACT)
 
