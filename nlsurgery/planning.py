@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nlsurgery.blocks import block_type, build_foreign
-from nlsurgery.errors import RecipeError, SelectorError, SurgeryError
+from nlsurgery.errors import BlockError, RecipeError, SelectorError, SurgeryError
 from nlsurgery.recipe import Recipe
 from nlsurgery.resolve import InsertionPoint, resolve
 from nlsurgery.sites import Record
@@ -150,7 +150,10 @@ def make_plan(model: nn.Module, anatomy: Anatomy, recipe: Recipe) -> Plan:
     for point in points:
         key = repr((point.entry.block, point.feature, point.site.layout))
         if key not in costs:
-            costs[key] = _cost(point)
+            try:
+                costs[key] = _cost(point)
+            except BlockError as error:
+                raise _refused(point, error) from error
         child = point.site.child_fqn
         place = depth.get(child, _occupied(model, child))
         depth[child] = place + 1
@@ -197,7 +200,11 @@ def build_block(point: InsertionPoint) -> nn.Module:
             return build_foreign(kind, num_chs, dims=dims, options=options)
         return block_type(kind).build(num_chs, dims=dims, **options)
     except SurgeryError as error:
-        raise RecipeError(f"{point.where}.block at {point.site.host}: {error}") from error
+        raise _refused(point, error) from error
+
+
+def _refused(point: InsertionPoint, error: SurgeryError) -> RecipeError:
+    return RecipeError(f"{point.where}.block at {point.site.host}: {error}")
 
 
 def make_record(point: InsertionPoint, plan: Plan, order: int) -> Record:

@@ -229,3 +229,14 @@ def test_keypoint_head_takes_four_blocks_and_its_detector_stays_the_same(tmp_pat
         assert torch.equal(again.roi_heads.keypoint_head(regions), changed)
     nlsurgery.remove(detector)
     assert list(detector.state_dict()) == keys
+
+
+def test_a_window_that_does_not_divide_the_frames_names_its_place() -> None:
+    model = get_model("r3d_18")
+    block = {"type": "non_local", "temporal_window": 3}
+    recipe = {"version": 1, "inserts": [{"stage": "res3", "block": block}]}
+    keys = list(model.state_dict())
+    message = r"inserts\[0\]\.block at layer2\.1: temporal_window=3 must divide.* which are 4"
+    with pytest.raises(nlsurgery.RecipeError, match=message):
+        nlsurgery.apply(model, recipe, input_size=(3, 8, 32, 32))
+    assert list(model.state_dict()) == keys

@@ -19,7 +19,7 @@ from nlsurgery.blocks.affinity_softmax import (
     softmax_attend,
 )
 from nlsurgery.blocks.choose import choose_implementation, without_denormals
-from nlsurgery.blocks.geometry import is_eager, to_map, to_tokens, working_dtype
+from nlsurgery.blocks.geometry import is_eager, pooled_size, to_map, to_tokens, working_dtype
 from nlsurgery.blocks.memory_format import to_channels_last, to_rows
 from nlsurgery.blocks.projection import small_products, torch_takes_onednn
 from nlsurgery.blocks.residual import convolve, is_plain, parameters_of, project
@@ -34,17 +34,16 @@ ROW_PRODUCTS = 1 << 27
 FEW_LOGITS, FEW_LOGITS_HALF = 1 << 17, 1 << 15
 
 
-def num_keys(spatial: Sequence[int], sub_sample: bool) -> int:
-    """M for a map's spatial sizes: their product, after pooling where ``sub_sample`` says so."""
-    if not sub_sample:
+def num_keys(spatial: Sequence[int], pool: Sequence[int] | None) -> int:
+    """M for a map's spatial sizes, pooled by so many along each axis."""
+    if pool is None:
         return math.prod(spatial)
-    first_pooled = 1 if len(spatial) == 3 else 0
-    return math.prod([s // 2 if i >= first_pooled and s > 1 else s for i, s in enumerate(spatial)])
+    return math.prod([pooled_size(size, step) for size, step in zip(spatial, pool, strict=True)])
 
 
 @torch.fx.wrap
 def laid_out(
-    x: Tensor, mode: str, sizes: tuple[int, int], keys: bool, implementation: str
+    x: Tensor, mode: str, sizes: tuple[int, int], pool: Sequence[int] | None, implementation: str
 ) -> Tensor:
     """``x`` in the memory format that the chosen form reads fastest.
 
@@ -52,7 +51,7 @@ def laid_out(
         x: (B, C, *spatial).
         mode: The pairwise function.
         sizes: Channels of keys and of values.
-        keys: Whether keys are pooled.
+        pool: By how many keys are pooled along each axis, if they are.
         implementation: The block's option.
 
     Returns:
@@ -65,7 +64,7 @@ def laid_out(
         form = choose_implementation(
             mode,
             num_queries=num_queries,
-            num_keys=num_keys(x.shape[2:], keys),
+            num_keys=num_keys(x.shape[2:], pool),
             head_size=sizes[0],
             value_size=sizes[1],
             batch=x.shape[0],

@@ -121,25 +121,61 @@ def checked_input(x: Tensor, in_channels: int, dims: int) -> Tensor:
     return x
 
 
-@torch.fx.wrap
-def pool_keys(x: Tensor) -> Tensor:
-    """Max-pool by 2 over space, never over time: 2, 2×2 or 1×2×2.
+def pool_sizes(sub_sample: bool | Sequence[int], dims: int) -> tuple[int, ...] | None:
+    """Positions that a key stands for along each axis: 2 over space, 1 over time, unless told.
 
-    A dimension of size 1 is left as it is, so that the result is never empty.
+    Args:
+        sub_sample: Whether keys are pooled, or by how many along each axis.
+        dims: Spatial dimensions.
+
+    Returns:
+        One size an axis, ``None`` where nothing is pooled.
+
+    Raises:
+        BlockError: Sizes that are not ``dims`` positive numbers.
+    """
+    if isinstance(sub_sample, bool):
+        return (1, 2, 2)[-dims:] if sub_sample else None
+    sizes = tuple(sub_sample) if isinstance(sub_sample, Sequence) else ()
+    if len(sizes) != dims or not all(type(size) is int and size > 0 for size in sizes):
+        raise BlockError(
+            f"sub_sample must be true, false or {dims} positive sizes (as {[1, 2, 2][-dims:]}), got "
+            f"{sub_sample!r}"
+        )
+    return sizes if max(sizes) > 1 else None
+
+
+def pool_option(sizes: Sequence[int] | None, dims: int) -> bool | list[int]:
+    """How a recipe says :func:`pool_sizes`, in one way: ``True`` for the published sizes."""
+    if sizes is None or tuple(sizes) == pool_sizes(True, dims):
+        return sizes is not None
+    return list(sizes)
+
+
+def pooled_size(size: int, step: int) -> int:
+    """What pooling leaves of an axis: sizes round down, and one below ``step`` becomes 1."""
+    return size // step if size >= step else 1
+
+
+@torch.fx.wrap
+def pool_keys(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Max-pool a map.
+
+    An axis shorter than its size is pooled as a whole, so that the result is never empty.
 
     Args:
         x: (B, C, L), (B, C, H, W) or (B, C, T, H, W).
+        sizes: Of the cells, along each axis.
 
     Returns:
-        The pooled tensor; odd sizes round down.
+        The pooled tensor, :func:`pooled_size` along each axis.
     """
-    spatial = x.shape[2:]
-    kernel = [2 if size > 1 else 1 for size in spatial]
-    if len(spatial) == 1:
+    kernel = [step if size >= step else size for size, step in zip(x.shape[2:], sizes, strict=True)]
+    if len(kernel) == 1:
         return F.max_pool1d(x, kernel)
-    if len(spatial) == 2:
+    if len(kernel) == 2:
         return F.max_pool2d(x, kernel)
-    return to_dtype_of(F.max_pool3d(x, [1, *kernel[1:]]), x)
+    return to_dtype_of(F.max_pool3d(x, kernel), x)
 
 
 def to_dtype_of(pooled: Tensor, x: Tensor) -> Tensor:

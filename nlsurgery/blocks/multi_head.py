@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from nlsurgery.blocks.geometry import (
     checked_input,
     pointwise,
     pool_keys,
+    pool_sizes,
     reduced,
     to_map,
     to_tokens,
@@ -71,21 +73,21 @@ class MultiHeadNonLocal(ProjectedBlock):
         dims: int = 2,
         reduction: float = 2,
         heads: int = 8,
-        sub_sample: bool = False,
+        sub_sample: bool | Sequence[int] = False,
         use_scale: bool = True,
         norm: str = "bn",
     ) -> None:
         inner = reduced(in_channels, reduction)
         checked_heads(inner, heads, block="multi_head")
         super().__init__(in_channels, inner, dims, norm)
-        self.heads, self.sub_sample = heads, sub_sample
+        self.heads, self.pool = heads, pool_sizes(sub_sample, dims)
         self.scale = logit_scale(inner // heads, use_scale)
         self.theta = pointwise(in_channels, inner, dims)
         self.phi = pointwise(in_channels, inner, dims)
         self.g = pointwise(in_channels, inner, dims)
 
     def _pooled(self, x: Tensor) -> Tensor:
-        return pool_keys(x) if self.sub_sample else x
+        return x if self.pool is None else pool_keys(x, self.pool)
 
     def attended(self, x: Tensor) -> Tensor:
         """All heads' values, side by side."""
@@ -170,7 +172,7 @@ def build_multi_head(
     dims: int,
     reduction: float = 2,
     heads: int = 8,
-    sub_sample: bool = False,
+    sub_sample: bool | list[int] = False,
     use_scale: bool = True,
     norm: Norm = "bn",
 ) -> MultiHeadNonLocal:
@@ -181,7 +183,7 @@ def build_multi_head(
         dims: Spatial dimensions.
         reduction: C' = C // reduction.
         heads: A divisor of C'.
-        sub_sample: Max-pool keys and values over space.
+        sub_sample: Max-pool keys and values over space, or by so many along each axis.
         use_scale: Divide the logits by √(C'/heads).
         norm: The normalisation after ``out``.
     """

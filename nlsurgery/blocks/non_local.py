@@ -31,6 +31,8 @@ from nlsurgery.blocks.geometry import (
     choice,
     pointwise,
     pool_keys,
+    pool_option,
+    pool_sizes,
     reduced,
     to_tokens,
 )
@@ -43,11 +45,13 @@ from nlsurgery.blocks.residual import (
     project_scaled,
     project_together,
 )
+from nlsurgery.blocks.windows import from_windows, to_windows, windowed_map
 from nlsurgery.errors import BlockError
 
-for _name in ("add_projected", "attend", "checked_input", "dot_product_map", "laid_out"):
+for _name in ("add_projected", "attend", "checked_input", "dot_product_map", "from_windows"):
     torch.fx.wrap(_name)
 for _name in (
+    "laid_out",
     "logit_part",
     "logits_and_values",
     "matrix_of",
@@ -58,7 +62,7 @@ for _name in (
     "scalar_sum_map",
 ):
     torch.fx.wrap(_name)
-for _name in ("softmax_map", "to_tokens"):
+for _name in ("softmax_map", "to_tokens", "to_windows"):
     torch.fx.wrap(_name)
 
 Mode = Literal["gaussian", "embedded_gaussian", "dot_product", "concatenation"]
@@ -89,12 +93,13 @@ class NonLocal(nn.Module):
         *,
         dims: int = 2,
         mode: str = "embedded_gaussian",
-        sub_sample: bool = False,
+        sub_sample: bool | Sequence[int] = False,
         pool_order: str = "after_conv",
         use_scale: bool = False,
         norm: str = "bn",
         zero_init: bool = True,
         bias: bool = True,
+        temporal_window: int | None = None,
         implementation: str = "auto",
     ) -> None:
         """Build the block.
@@ -105,13 +110,15 @@ class NonLocal(nn.Module):
             dims: Spatial dimensions of the input: 1, 2 or 3.
             mode: The pairwise function f: ``gaussian``, ``embedded_gaussian``, ``dot_product`` or
                 ``concatenation``.
-            sub_sample: Max-pool keys and values by 2 over space (1×2×2 in 3-D).
+            sub_sample: Max-pool keys and values by 2 over space (1×2×2 in 3-D), or by so many along
+                each axis, such as ``[2, 2, 2]``.
             pool_order: Pool ``after_conv`` (φ and g, then the pool) or ``before_conv``.
             use_scale: Divide the logits of the softmax modes by √(head size).
             norm: After ``out``: ``bn``, ``ln`` (over channels), ``gn`` or ``none``.
             zero_init: Start as the identity: the norm's weight and bias, or without a norm those
                 of ``out``, are 0.
             bias: Whether the 1×1 convolutions have a bias.
+            temporal_window: Of clips: frames attend within windows of so many, which divide T.
             implementation: The exact form that computes y: ``explicit`` for all modes, ``fused``
                 and ``chunked`` for the softmax modes, ``reassociated`` for ``dot_product``,
                 ``sorted`` for ``concatenation``; ``auto`` chooses by size (``choose.py``).
@@ -131,7 +138,9 @@ class NonLocal(nn.Module):
         if inter_channels is None:
             inter_channels = max(1, in_channels // 2)
         self.in_channels, self.inter_channels, self.dims = in_channels, inter_channels, dims
-        self.mode, self.sub_sample, self.pool_order = mode, sub_sample, pool_order
+        self.mode, self.pool, self.pool_order = mode, pool_sizes(sub_sample, dims), pool_order
+        self.sub_sample = pool_option(self.pool, dims)
+        self.temporal_window = _checked_window(temporal_window, dims, self.pool)
         self.use_scale, self.norm_kind, self.zero_init = use_scale, norm, zero_init
         self.scale = logit_scale(in_channels if mode == "gaussian" else inter_channels, use_scale)
         if mode != "gaussian":
@@ -184,13 +193,18 @@ class NonLocal(nn.Module):
             BlockError: ``x`` has another number of channels or dimensions.
         """
         x = checked_input(x, self.in_channels, self.dims)
-        if self.mode in _PROJECTED and self.implementation == "auto" and not self.sub_sample:
+        source, frames = x, self.temporal_window
+        if frames is not None:
+            source = to_windows(x, frames)
+        elif self.mode in _PROJECTED and self.implementation == "auto" and self.pool is None:
             z = self._of_few(x) if are_few(x) else None
             if z is not None:
                 return z
-        source = laid_out(x, self.mode, self._sizes, self.sub_sample, self.implementation)
+        source = laid_out(source, self.mode, self._sizes, self.pool, self.implementation)
         q, k, v, scale = self._projections(source)
         y = attend(q, k, v, self.mode, scale, self.implementation)
+        if frames is not None:
+            y = from_windows(y, x.shape[0])
         return add_projected(x, y, self.out, self.norm)
 
     def attention(self, x: Tensor, queries: Tensor | None = None) -> Tensor:
@@ -205,7 +219,12 @@ class NonLocal(nn.Module):
             the softmax modes. float32 for half inputs.
         """
         source = checked_input(x, self.in_channels, self.dims)
-        queries_map, keys_map, _, scale = self._projections(source)
+        if self.temporal_window is not None:
+            return windowed_map(source, self.temporal_window, queries, self._map)
+        return self._map(source, queries)
+
+    def _map(self, x: Tensor, queries: Tensor | None) -> Tensor:
+        queries_map, keys_map, _, scale = self._projections(x)
         q, k = to_tokens(queries_map), to_tokens(keys_map)
         if queries is not None:
             q = q[:, queries]
@@ -225,14 +244,17 @@ class NonLocal(nn.Module):
         """
         if self.implementation != "auto":
             return self.implementation
+        batch, spatial = shape[0], list(shape[2:])
+        if (frames := self.temporal_window) is not None:
+            batch, spatial[0] = batch * spatial[0] // frames, frames
         head_size, value_size = self._sizes
         return choose_implementation(
             self.mode,
-            num_queries=math.prod(shape[2:]),
-            num_keys=num_keys(shape[2:], self.sub_sample),
+            num_queries=math.prod(spatial),
+            num_keys=num_keys(spatial, self.pool),
             head_size=head_size,
             value_size=value_size,
-            batch=shape[0],
+            batch=batch,
             dtype=dtype,
             device_type=device,
         )
@@ -246,8 +268,10 @@ class NonLocal(nn.Module):
         projections = self.theta, self.phi, self.g
         return few_non_local(x, projections, self.out, self.norm, self.mode, self.scale)
 
-    def _pooled(self, x: Tensor, order: str) -> Tensor:
-        return pool_keys(x) if self.sub_sample and self.pool_order == order else x
+    def _pooled(self, x: Tensor, order: str | None = None) -> Tensor:
+        if self.pool is None or order not in (None, self.pool_order):
+            return x
+        return pool_keys(x, self.pool)
 
     def _projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, float]:
         """Queries, keys and values as maps, and the factor on the logits that is left.
@@ -262,23 +286,43 @@ class NonLocal(nn.Module):
                 (q,), scale = project_scaled(x, self.scale, self.theta)
                 k, v = project_together(early, self.phi, self.g)
             return q, self._pooled(k, "after_conv"), self._pooled(v, "after_conv"), scale
-        if self.mode == "concatenation" and not self.sub_sample:
+        if self.mode == "concatenation" and self.pool is None:
             weight = matrix_of(self.concat_project, x, 2 * self.inter_channels, 1, 1)
             a, b, v = logits_and_values(x, self.theta, self.phi, self.g, weight)
             return a, b, v, self.scale
         v = self._pooled(project(self.g, early), "after_conv")
         if self.mode == "gaussian":
             x = x.to(v.dtype)  # under autocast
-            return x, pool_keys(x) if self.sub_sample else x, v, self.scale
+            return x, self._pooled(x), v, self.scale
         weight = matrix_of(self.concat_project, x, 2 * self.inter_channels, 1, 1)
         a = logit_part(x, self.theta, weight, True)
         if self.pool_order == "after_conv":
-            return a, logit_part(pool_keys(self.phi(x)), None, weight, False), v, self.scale
+            return a, logit_part(self._pooled(self.phi(x)), None, weight, False), v, self.scale
         return a, logit_part(early, self.phi, weight, False), v, self.scale
 
     def extra_repr(self) -> str:
         """The options, for ``print(block)``."""
-        return f"mode={self.mode}, sub_sample={self.sub_sample}, pool_order={self.pool_order}"
+        window = f", temporal_window={self.temporal_window}" if self.temporal_window else ""
+        return (
+            f"mode={self.mode}, sub_sample={self.sub_sample}, pool_order={self.pool_order}{window}"
+        )
+
+
+def _checked_window(frames: int | None, dims: int, pool: Sequence[int] | None) -> int | None:
+    """``temporal_window``, if a block of so many dimensions may have it and the pool fits into it."""
+    if frames is None:
+        return None
+    if isinstance(frames, bool) or not isinstance(frames, int) or frames < 1:
+        raise BlockError(f"temporal_window must be a positive number of frames, got {frames!r}")
+    if dims != 3:
+        raise BlockError(
+            f"temporal_window={frames} is of clips, and the block has dims={dims}; leave it out"
+        )
+    if pool is not None and frames % pool[0]:
+        raise BlockError(
+            f"temporal_window={frames} must be a multiple of the {pool[0]} frames that sub_sample pools"
+        )
+    return frames
 
 
 @register("non_local", source="Wang et al., Non-local Neural Networks, CVPR 2018")
@@ -289,12 +333,13 @@ def build_non_local(
     mode: Mode = "embedded_gaussian",
     reduction: float = 2,
     inter_channels: int | None = None,
-    sub_sample: bool = False,
+    sub_sample: bool | list[int] = False,
     pool_order: PoolOrder = "after_conv",
     use_scale: bool = False,
     norm: Norm = "bn",
     zero_init: bool = True,
     bias: bool = True,
+    temporal_window: int | None = None,
     implementation: Implementation = "auto",
 ) -> NonLocal:
     """Build a :class:`NonLocal` from the options of a recipe.
@@ -305,12 +350,13 @@ def build_non_local(
         mode: The pairwise function.
         reduction: C' = C // reduction, at least 1; ignored where ``inter_channels`` is given.
         inter_channels: C' itself.
-        sub_sample: Max-pool keys and values over space.
+        sub_sample: Max-pool keys and values over space, or by so many along each axis.
         pool_order: Pool after or before the convolutions.
         use_scale: Scale the logits of the softmax modes.
         norm: The normalisation after ``out``.
         zero_init: Start as the identity.
         bias: Whether convolutions have a bias.
+        temporal_window: Frames of a clip attend within windows of so many.
         implementation: The exact form that computes it.
     """
     if inter_channels is None:
@@ -326,5 +372,6 @@ def build_non_local(
         norm=norm,
         zero_init=zero_init,
         bias=bias,
+        temporal_window=temporal_window,
         implementation=implementation,
     )

@@ -87,7 +87,7 @@ class SelfAttention(nn.Module):
             y = few_attended(x, (self.query, self.key, self.value), _MODE, 1.0)
             if y is not None:
                 return add_gated(x, y, self.gamma)
-        source = laid_out(x, _MODE, self._sizes, False, self.implementation)
+        source = laid_out(x, _MODE, self._sizes, None, self.implementation)
         q, k, v = project_together(source, self.query, self.key, self.value)
         y = attend(q, k, v, _MODE, 1.0, self.implementation)
         return add_gated(x, y, self.gamma)

@@ -71,6 +71,22 @@ SubSampleOption = Annotated[
         "--sub-sample/--no-sub-sample", help="Whether keys are pooled (SlowFast, caffe2)."
     ),
 ]
+PoolOption = Annotated[
+    tuple[int, int, int] | None,
+    typer.Option(
+        "--pool",
+        metavar="T H W",
+        help="By how many keys are pooled, if not by 1 2 2 (SlowFast's NONLOCAL.POOL).",
+    ),
+]
+TemporalWindowOption = Annotated[
+    int | None,
+    typer.Option(
+        "--temporal-window",
+        min=0,
+        help="Frames that attend to each other at res3 of caffe2, 4 where its BatchNorm is frozen; 0: all.",
+    ),
+]
 PoolOrderOption = Annotated[
     str | None,
     typer.Option("--pool-order", help="Of nlsurgery's own blocks: after_conv or before_conv."),
@@ -110,8 +126,10 @@ def convert(
     mode: ModeOption = None,
     scale: ScaleOption = None,
     sub_sample: SubSampleOption = None,
+    pool: PoolOption = None,
     pool_order: PoolOrderOption = None,
     recurrence: RecurrenceOption = None,
+    temporal_window: TemporalWindowOption = None,
     bn_eps: BnEpsOption = None,
     place: PlaceOption = None,
     num_classes: NumClassesOption = None,
@@ -123,13 +141,16 @@ def convert(
     sizes = parse_input_size(input_size)
     if recipe is not None and model is None:
         raise typer.BadParameter("needs --model MODEL", param_hint="'--recipe'")
+    if pool is not None and sub_sample is not None:
+        raise typer.BadParameter("give it or --sub-sample, not both", param_hint="'--pool'")
     check_target(out, checkpoint, overwrite=overwrite)
 
     from nlsurgery.convert import OURS, Choices, recipe_of
     from nlsurgery.convert.files import read_foreign, write_foreign
 
     rows: dict[str, Any] | None
-    choices = Choices(mode, scale, sub_sample, pool_order, recurrence, bn_eps)
+    pooled = sub_sample if pool is None else list(pool)
+    choices = Choices(mode, scale, pooled, pool_order, recurrence, temporal_window, bn_eps)
     places = dict(_place(text) for text in place or ())
     state = read_foreign(checkpoint)
     if model is not None and target == OURS:

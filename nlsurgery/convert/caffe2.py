@@ -8,13 +8,13 @@ import torch
 
 from nlsurgery.convert import pairwise
 from nlsurgery.convert.base_names import caffe2_from_ours, caffe2_to_ours
-from nlsurgery.convert.layout import BlockKind, Choices, Converted, Layout, OurBlock, State
+from nlsurgery.convert.layout import BlockKind, Choices, Converted, Layout, OurBlock, State, ToOurs
 from nlsurgery.convert.slowfast import MODES, read_video_block
 
 NAME = "caffe2"
-_PATTERN = re.compile(
-    r"(?P<prefix>nonlocal_conv\d_\d+_)(?P<local>(?:theta|phi|g|out)_[wb]|bn_(?:s|b|rm|riv))"
-)
+_LOCAL = r"(?:theta|phi|g|out)_[wb]|bn_(?:s|b|rm|riv)"
+#: Frames that attend to each other at res3 in models whose BatchNorm is frozen (``add_nonlocal_group``).
+RES3_WINDOW = 4
 _ENDINGS = {
     "w": "weight",
     "b": "bias",
@@ -25,7 +25,18 @@ _ENDINGS = {
 }
 
 
-def to_ours(state: State, choices: Choices, where: str) -> Converted:
+def res3_to_ours(state: State, choices: Choices, where: str) -> Converted:
+    """Convert a block of res3; where BatchNorm is frozen, frames attend within windows of four there."""
+    frozen = "bn_s" in state and "bn_rm" not in state
+    window = choices.temporal_window
+    if window is None and frozen:
+        window = RES3_WINDOW
+    return to_ours(state, choices, where, temporal_window=window)
+
+
+def to_ours(
+    state: State, choices: Choices, where: str, *, temporal_window: int | None = None
+) -> Converted:
     """Convert one block; ``bn_s`` and ``bn_b`` alone are its frozen affine form."""
     origin = {_our_name(key): key for key in state}
     tensors = {new: state[old] for new, old in origin.items()}
@@ -35,7 +46,9 @@ def to_ours(state: State, choices: Choices, where: str) -> Converted:
         tensors["bn.running_mean"] = torch.zeros_like(weight)
         tensors["bn.running_var"] = torch.full_like(weight, 1 - eps)
     scaled = choices.use_scale is not False
-    return read_video_block(tensors, origin, choices, where, use_scale=scaled)
+    return read_video_block(
+        tensors, origin, choices, where, use_scale=scaled, temporal_window=temporal_window
+    )
 
 
 def _our_name(key: str) -> str:
@@ -48,7 +61,12 @@ def _our_name(key: str) -> str:
 def from_ours(block: OurBlock) -> Converted:
     """Convert one of our 3-D blocks."""
     channels, inner, _ = pairwise.require_plain(
-        block, NAME, pool_order="before_conv", modes=MODES, dims=(3,)
+        block,
+        NAME,
+        pool_order="before_conv",
+        modes=MODES,
+        dims=(3,),
+        windows=(RES3_WINDOW,),
     )
     options = block.options
     tensors = pairwise.with_biases(block.tensors)
@@ -62,6 +80,7 @@ def from_ours(block: OurBlock) -> Converted:
         "NONLOCAL.USE_MAXPOOL": options["sub_sample"],
         "NONLOCAL.USE_BN": "bn.weight" in tensors,
         "dim_inner": inner,
+        "group_size": options["temporal_window"],
     }
     renamed = {new: tensors[old] for new, old in names.items()}
     return Converted(renamed, origin, needs, channels, 3, "non_local")
@@ -89,22 +108,27 @@ def _name_at(host: str) -> str | None:
     return f"nonlocal_conv{int(match[1]) + 1}_{match[2]}" if match else None
 
 
+def _kind(name: str, stage: str, convert: ToOurs, *choices: str) -> BlockKind:
+    return BlockKind(
+        name,
+        re.compile(rf"(?P<prefix>nonlocal_conv{stage}_\d+_)(?P<local>{_LOCAL})"),
+        _accepts,
+        convert,
+        from_ours,
+        _host,
+        _name_at,
+        ("non_local",),
+        separator="_",
+        choices=("mode", "use_scale", "sub_sample", "bn_eps", *choices),
+    )
+
+
 LAYOUT = Layout(
     NAME,
     "facebookresearch/video-nonlocal-net",
     (
-        BlockKind(
-            "spacetime_nonlocal",
-            _PATTERN,
-            _accepts,
-            to_ours,
-            from_ours,
-            _host,
-            _name_at,
-            ("non_local",),
-            separator="_",
-            choices=("mode", "use_scale", "sub_sample", "bn_eps"),
-        ),
+        _kind("spacetime_nonlocal at res3", "3", res3_to_ours, "temporal_window"),
+        _kind("spacetime_nonlocal", r"\d", to_ours),
     ),
     caffe2_to_ours,
     caffe2_from_ours,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -102,13 +103,14 @@ def _check_places(conversion: Conversion, there: set[str], origin: str) -> None:
 
 def _fit_block(tensors: dict[str, Tensor], spec: BlockSpec, block: nn.Module, origin: str) -> None:
     mine = options_of(block)
-    for name in ("mode", "sub_sample", "pool_order", "recurrence"):
+    for name in ("mode", "sub_sample", "pool_order", "recurrence", "temporal_window"):
         told = spec.options.get(name)
-        if told is not None and name in mine and mine[name] != told:
+        is_told = told is not None or name == "temporal_window"
+        if is_told and name in mine and mine[name] != told:
             raise CheckpointError(
                 f"{origin}: block {spec.name} has {name}={told!r}, the recipe's block at "
                 f"{spec.place} {mine[name]!r}, and no weights make the two equal; write "
-                f"{name}: {str(told).lower()} in the recipe, or leave --recipe out"
+                f"{name}: {json.dumps(told)} in the recipe, or leave --recipe out"
             )
     if spec.type != "non_local":
         return

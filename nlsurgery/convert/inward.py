@@ -17,7 +17,7 @@ from nlsurgery.errors import CheckpointError
 from nlsurgery.walk import CHILD_NAME
 
 #: What a block's keys may not tell, and the options of the block it is to become may.
-_HINTS = ("mode", "sub_sample", "recurrence")
+_HINTS = ("mode", "sub_sample", "recurrence", "temporal_window")
 
 
 def to_ours(request: Request) -> Conversion:
@@ -115,7 +115,7 @@ def _is_wide(result: Builder, host: str, channels: int) -> bool:
 def _note_assumed(
     result: Builder, kind: BlockKind, choices: Choices, options: Mapping[str, Any]
 ) -> None:
-    for name in ("mode", "use_scale", "sub_sample", "recurrence"):
+    for name in ("mode", "use_scale", "sub_sample", "recurrence", "temporal_window"):
         if name not in kind.choices or name in choices.given() or name not in options:
             continue
         if name == "mode" and options[name] not in ("embedded_gaussian", "dot_product"):

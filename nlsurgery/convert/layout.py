@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -22,17 +22,20 @@ class Choices:
         mode: Pairwise function of non-local blocks; the keys tell ``gaussian`` and
             ``concatenation`` from the rest, but not ``embedded_gaussian`` from ``dot_product``.
         use_scale: Whether the logits are divided by √C', where the project has a switch for it.
-        sub_sample: Whether keys and values are pooled, where the pool leaves no trace in the names.
+        sub_sample: Whether keys and values are pooled, where the pool leaves no trace in the names; or
+            by how many along each axis.
         pool_order: Of our own blocks: ``after_conv`` or ``before_conv``.
         recurrence: Passes of criss-cross attention.
+        temporal_window: Frames that attend to each other, where a project has such windows; 0 for all.
         bn_eps: Epsilon of the blocks' BatchNorm, if it is not 1e-5; it goes into the variance.
     """
 
     mode: str | None = None
     use_scale: bool | None = None
-    sub_sample: bool | None = None
+    sub_sample: bool | Sequence[int] | None = None
     pool_order: str | None = None
     recurrence: int | None = None
+    temporal_window: int | None = None
     bn_eps: float | None = None
 
     def given(self) -> dict[str, Any]:

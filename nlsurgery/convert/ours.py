@@ -46,6 +46,7 @@ UNTOLD: dict[str, dict[str, Any]] = {
         "use_scale": False,
         "sub_sample": False,
         "pool_order": "after_conv",
+        "temporal_window": None,
     },
     "criss_cross": {"recurrence": 2},
 }
@@ -152,7 +153,8 @@ def block_options(
     defaults = UNTOLD.get(block.type, {})
     told = dict(known.get(block.prefix, {}))
     for name, value in choices.given().items():
-        if name in defaults and name in told and told[name] != value:
+        known_differs = name in told and told[name] != value and (told[name] or value)
+        if name in defaults and known_differs:
             raise CheckpointError(
                 f"{block.prefix}: {name}={value!r} was asked for, but the block was built with "
                 f"{told[name]!r}"

@@ -7,14 +7,15 @@ BatchNorm into its running mean, another epsilon into its running variance.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nlsurgery.blocks.geometry import pool_option, pool_sizes
 from nlsurgery.convert.layout import Choices, Converted, OurBlock, State, cannot_hold, require_shape
-from nlsurgery.errors import CheckpointError
+from nlsurgery.errors import BlockError, CheckpointError
 
 #: Epsilon of our BatchNorm.
 BN_EPS = 1e-5
@@ -28,9 +29,10 @@ def read_block(
     choices: Choices,
     where: str,
     *,
-    sub_sample: bool,
+    sub_sample: bool | Sequence[int],
     pool_order: str,
     use_scale: bool,
+    temporal_window: int | None = None,
 ) -> Converted:
     """Build our non-local block from tensors that already have our names.
 
@@ -39,9 +41,10 @@ def read_block(
         origin: Our local name -> the foreign one.
         choices: What the keys do not tell; ``mode`` and ``bn_eps`` are used here.
         where: How errors name the block.
-        sub_sample: Whether it pools.
+        sub_sample: Whether it pools, or by how many along each axis.
         pool_order: Where.
         use_scale: Whether softmax logits are divided by √(head size).
+        temporal_window: Frames that attend to each other, ``None`` for all.
 
     Raises:
         CheckpointError: Tensors are missing, or do not fit each other or the choices.
@@ -59,13 +62,28 @@ def read_block(
     norm = _complete_norm(tensors, channels, where)
     if norm == "bn" and choices.bn_eps is not None:
         tensors["bn.running_var"] = tensors["bn.running_var"] + (choices.bn_eps - BN_EPS)
-    options: dict[str, Any] = {"mode": mode, "inter_channels": inner, "sub_sample": sub_sample}
-    if sub_sample:
+    pool = told_pool(sub_sample, dims, where)
+    options: dict[str, Any] = {"mode": mode, "inter_channels": inner, "sub_sample": pool}
+    if pool:
         options["pool_order"] = pool_order
+    if temporal_window:
+        options["temporal_window"] = temporal_window
     if mode in ("gaussian", "embedded_gaussian"):
         options["use_scale"] = use_scale
     options |= {"norm": norm, "bias": bias}
     return Converted(tensors, dict(origin), options, channels, dims, "non_local")
+
+
+def told_pool(sub_sample: bool | Sequence[int], dims: int, where: str) -> bool | list[int]:
+    """``sub_sample`` in one way: ``True`` for the published sizes.
+
+    Raises:
+        CheckpointError: It does not fit a block of so many dimensions.
+    """
+    try:
+        return pool_option(pool_sizes(sub_sample, dims), dims)
+    except BlockError as error:
+        raise CheckpointError(f"{where}: {error}") from error
 
 
 def _mode(state: State, asked: str | None, where: str) -> str:
@@ -141,7 +159,14 @@ def with_biases(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def require_plain(
-    block: OurBlock, layout: str, *, pool_order: str, modes: tuple[str, ...], dims: tuple[int, ...]
+    block: OurBlock,
+    layout: str,
+    *,
+    pool_order: str,
+    modes: tuple[str, ...],
+    dims: tuple[int, ...],
+    any_pool: bool = False,
+    windows: tuple[int, ...] = (),
 ) -> tuple[int, int, int]:
     """Check that another project's non-local block can compute what ours does.
 
@@ -151,6 +176,8 @@ def require_plain(
         pool_order: Where that project pools; ``""`` where it does not.
         modes: The pairwise functions it has.
         dims: Its dimensions.
+        any_pool: Whether it pools by any size.
+        windows: The temporal windows it has.
 
     Returns:
         (C, C', dims).
@@ -169,6 +196,13 @@ def require_plain(
     if options["sub_sample"] and options["pool_order"] != pool_order:
         way_out = f"it pools {pool_order}" if pool_order else "it does not pool"
         raise cannot_hold(layout, block.where, f"a pool {options['pool_order']}", way_out)
+    if not any_pool and options["sub_sample"] not in (True, False):
+        sizes = "×".join(map(str, options["sub_sample"]))
+        raise cannot_hold(layout, block.where, f"a pool of {sizes}", "it pools by 2 over space")
+    window = options["temporal_window"]
+    if window and window not in windows:
+        way_out = f"it has windows of {', '.join(map(str, windows))}" if windows else "it has none"
+        raise cannot_hold(layout, block.where, f"temporal_window={window}", way_out)
     if any(key.split(".")[0] in ("ln", "gn") for key in block.tensors):
         raise cannot_hold(
             layout, block.where, "a layer or group norm", "its blocks end in a BatchNorm or nothing"

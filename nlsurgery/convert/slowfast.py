@@ -7,6 +7,7 @@ import re
 
 from torch import Tensor
 
+from nlsurgery.blocks.geometry import pool_sizes
 from nlsurgery.convert import pairwise
 from nlsurgery.convert.base_names import slowfast_from_ours, slowfast_to_ours
 from nlsurgery.convert.layout import BlockKind, Choices, Converted, Layout, OurBlock, State
@@ -22,7 +23,7 @@ _PATTERN = re.compile(
 
 
 def to_ours(state: State, choices: Choices, where: str) -> Converted:
-    """Convert one ``Nonlocal``; whether it pools (1×2×2 in its recipes) is not in the keys."""
+    """Convert one ``Nonlocal``; how it pools (1×2×2 in most of its recipes) is not in the keys."""
     origin = {_our_name(key): key for key in state}
     if len(origin) != len(state):
         raise CheckpointError(f"{where}: the block has both 'bn' and 'norm'")
@@ -37,6 +38,7 @@ def read_video_block(
     where: str,
     *,
     use_scale: bool,
+    temporal_window: int | None = None,
 ) -> Converted:
     """Build our block from one of Facebook's video projects, pooled unless ``choices`` say not."""
     if tensors["g.weight"].dim() != 5:
@@ -48,9 +50,10 @@ def read_video_block(
         origin,
         choices,
         where,
-        sub_sample=choices.sub_sample is not False,
+        sub_sample=True if choices.sub_sample is None else choices.sub_sample,
         pool_order="before_conv",
         use_scale=use_scale,
+        temporal_window=temporal_window,
     )
 
 
@@ -61,9 +64,10 @@ def _our_name(key: str) -> str:
 def from_ours(block: OurBlock) -> Converted:
     """Convert one of our 3-D blocks; an unscaled softmax gets √C' into θ."""
     channels, inner, _ = pairwise.require_plain(
-        block, NAME, pool_order="before_conv", modes=MODES, dims=(3,)
+        block, NAME, pool_order="before_conv", modes=MODES, dims=(3,), any_pool=True
     )
     options = block.options
+    pool = pool_sizes(options["sub_sample"], 3)
     softmax = options["mode"] == "embedded_gaussian"
     factor = 1.0 if not softmax or options["use_scale"] else math.sqrt(inner)
     tensors = pairwise.with_biases(pairwise.scale_logits(block.tensors, factor))
@@ -72,7 +76,7 @@ def from_ours(block: OurBlock) -> Converted:
     needs = {
         "dim": channels,
         "dim_inner": inner,
-        "pool_size": [1, 2, 2] if options["sub_sample"] else None,
+        "pool_size": pool and list(pool),
         "instantiation": "softmax" if softmax else "dot_product",
         "norm_type": "batchnorm" if "bn.weight" in tensors else "none",
     }

@@ -153,7 +153,7 @@ def read_rows(
         return Skipped(
             fqn, f"its whole map would take {needed:.1f} GiB; give a smaller --input-size"
         )
-    stride = _key_stride(rows.shape[-1], size)
+    stride = _key_stride(rows.shape[-1], size, getattr(block, "pool", None))
     if stride is None:
         grid = "×".join(map(str, size))
         return Skipped(fqn, f"its {rows.shape[-1]} keys do not lie on the {grid} grid")
@@ -181,11 +181,20 @@ def _attention_rows(block: Any, x: Tensor, index: Tensor) -> Tensor | None:
     return whole[index]
 
 
-def _key_stride(num_keys: int, size: tuple[int, ...]) -> tuple[int, ...] | None:
+def _key_stride(
+    num_keys: int, size: tuple[int, ...], pool: tuple[int, ...] | None
+) -> tuple[int, ...] | None:
     """How many positions one key stands for along each axis: 1, or the sub-sampling's factor.
 
-    Time and axes of size 1 are never sub-sampled.
+    Args:
+        num_keys: M.
+        size: Of the feature map.
+        pool: What the block says of it; otherwise time and axes of size 1 are taken as not sub-sampled.
     """
+    if pool is not None and len(pool) == len(size):
+        steps = tuple(min(step, axis) for step, axis in zip(pool, size, strict=True))
+        if math.prod(axis // step for axis, step in zip(size, steps, strict=True)) == num_keys:
+            return steps
     *time, height, width = size
     for factor in range(1, max(height, width) + 1):
         down, across = (factor if axis > 1 else 1 for axis in (height, width))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +20,12 @@ def conv1x1(x: Tensor, conv: nn.Module) -> Tensor:
     return y
 
 
-def pooled(x: Tensor) -> Tensor:
-    """Max over windows of 2 in space (not over time in 3-D), odd rests dropped, in loops."""
+def pooled(x: Tensor, cell: Sequence[int] | None = None) -> Tensor:
+    """Max over cells, of 2 in space (not over time in 3-D) by default, odd rests dropped, in loops."""
     spatial = x.shape[2:]
-    steps = [1 if (len(spatial) == 3 and i == 0) or s == 1 else 2 for i, s in enumerate(spatial)]
+    if cell is None:
+        cell = [1 if len(spatial) == 3 and i == 0 else 2 for i in range(len(spatial))]
+    steps = [min(step, size) for step, size in zip(cell, spatial, strict=True)]
     sizes = [s // step for s, step in zip(spatial, steps, strict=True)]
     result = x.new_empty(*x.shape[:2], *sizes)
     for place in itertools.product(*map(range, sizes)):
@@ -77,10 +81,11 @@ def attended(attention: Tensor, v: Tensor, like: Tensor) -> Tensor:
 def non_local(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """The block's branch before its norm, and its map, from the block's parameters."""
     sub, before = block.sub_sample, block.pool_order == "before_conv"
-    source = pooled(x) if sub and before else x
-    late = pooled if sub and not before else (lambda t: t)
+    smaller = functools.partial(pooled, cell=sub if isinstance(sub, list) else None)
+    source = smaller(x) if sub and before else x
+    late = smaller if sub and not before else (lambda t: t)
     if block.mode == "gaussian":
-        q, k = x, pooled(x) if sub else x
+        q, k = x, smaller(x) if sub else x
     else:
         q, k = conv1x1(x, block.theta), late(conv1x1(source, block.phi))
     v = late(conv1x1(source, block.g))

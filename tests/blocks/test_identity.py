@@ -106,6 +106,18 @@ def test_autocast_on_maps_that_are_not_small(name, dtype):
     assert_autocast_is_close(name, (40, 33), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("norm", ["bn", "ln", "gn", "none"])
+def test_identity_in_windows(norm, last, dtype):
+    x = torch.randn(2, 16, 6, 5, 4).to(dtype)
+    if last:
+        x = x.to(memory_format=torch.channels_last_3d)
+    for sub_sample in (False, [2, 2, 2]):
+        block = NonLocal(16, dims=3, norm=norm, temporal_window=2, sub_sample=sub_sample).to(dtype)
+        assert_identity(block, x)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("spatial", [(30,), (2, 4, 5), (2, 24, 27)], ids=str)
 @pytest.mark.parametrize("name", [name for name in BLOCKS if name not in IMAGES_ONLY])

@@ -122,5 +122,5 @@ def test_the_identity_by_rows(size: tuple[int, ...], dtype: torch.dtype) -> None
 
 def test_other_devices_get_tokens_that_are_contiguous() -> None:
     x = torch.empty(2, 64, 8, 8, device="meta")
-    y = attend.laid_out(x, "embedded_gaussian", (32, 32), False, "auto")
+    y = attend.laid_out(x, "embedded_gaussian", (32, 32), None, "auto")
     assert y.is_contiguous(memory_format=torch.channels_last)

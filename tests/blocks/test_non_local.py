@@ -47,6 +47,76 @@ def test_matches_the_formula(dims, options):
     torch.testing.assert_close(block(x), expected, **EXACT)
 
 
+CELLS = [(1, [3]), (2, [3, 2]), (2, [1, 3]), (2, [9, 1]), (3, [2, 2, 2]), (3, [1, 1, 2])]
+
+
+@pytest.mark.usefixtures("positions")
+@pytest.mark.parametrize("pool_order", ["after_conv", "before_conv"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("dims", "cell"), CELLS, ids=str)
+def test_keys_pooled_by_other_sizes_match_the_formula(dims, cell, mode, pool_order):
+    x = feature_map(dims)
+    options = {"mode": mode, "sub_sample": cell, "pool_order": pool_order}
+    block = randomised(NonLocal(6, 4, dims=dims, **options).double()).eval()
+    branch, attention = non_local(block, x)
+    assert attention.shape[2] < attention.shape[1]
+    torch.testing.assert_close(block.attention(x), attention, **EXACT)
+    expected = x + batch_norm(branch, block.bn, training=False)
+    torch.testing.assert_close(block(x), expected, **EXACT)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("sub_sample", [False, True, [2, 1, 2]], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_windows_of_a_clip_are_clips_of_their_own(mode, sub_sample, training, last):
+    x = torch.randn(2, 6, 6, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    if last:
+        x = x.to(memory_format=torch.channels_last_3d)
+    options = {"dims": 3, "mode": mode, "sub_sample": sub_sample}
+    block = randomised(NonLocal(6, 4, **options, temporal_window=2).double()).train(training)
+    whole = NonLocal(6, 4, **options).double()
+    whole.load_state_dict(block.state_dict())
+    parts = [non_local(whole, part) for part in x.split(2, dim=2)]
+    branch = torch.cat([branch for branch, _ in parts], 2)
+    expected = x + batch_norm(branch, block.bn, training=training)
+    y = block(x)
+    torch.testing.assert_close(y, expected, **EXACT)
+    assert y.stride() == x.stride()
+    rows = block.attention(x)
+    for item in range(2):
+        map_ = torch.block_diag(*[attention[item] for _, attention in parts])
+        torch.testing.assert_close(rows[item], map_, **EXACT)
+    queries = torch.tensor([71, 0, 30, 30])
+    torch.testing.assert_close(block.attention(x, queries=queries), rows[:, queries], **EXACT)
+
+
+def test_windows_train_as_their_own_clips_do():
+    x = torch.randn(2, 6, 4, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    block = randomised(NonLocal(6, 4, dims=3, temporal_window=2, norm="none").double())
+    whole = NonLocal(6, 4, dims=3, norm="none").double()
+    whole.load_state_dict(block.state_dict())
+    mine, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    block(mine).square().sum().backward()
+    torch.cat([whole(part) for part in theirs.split(2, dim=2)], 2).square().sum().backward()
+    torch.testing.assert_close(mine.grad, theirs.grad, **EXACT)
+    for one, other in zip(block.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, **EXACT)
+
+
+def test_a_clip_that_windows_do_not_divide_is_a_block_error():
+    block = NonLocal(6, dims=3, temporal_window=4)
+    for run in (block, block.attention):
+        with pytest.raises(BlockError, match=r"temporal_window=4 must divide the frames.* 6"):
+            run(torch.zeros(1, 6, 6, 2, 2))
+
+
+@pytest.mark.parametrize("sub_sample", [[1, 2, 2], (1, 2, 2), True], ids=str)
+def test_the_published_pool_has_one_name(sub_sample):
+    assert NonLocal(6, dims=3, sub_sample=sub_sample).sub_sample is True
+    assert NonLocal(6, dims=3, sub_sample=[1, 1, 1]).sub_sample is False
+
+
 @pytest.mark.usefixtures("positions")
 @pytest.mark.parametrize("mode", MODES)
 def test_matches_the_formula_without_norm_and_bias(mode):
@@ -132,6 +202,13 @@ def test_inter_channels_default_to_half(channels, inner):
         ({"mode": "softmax"}, "'embedded_gaussian'"),
         ({"norm": "batch"}, "'bn'"),
         ({"pool_order": "after"}, "'before_conv'"),
+        ({"sub_sample": 2}, "2 positive sizes.*got 2"),
+        ({"sub_sample": [1, 2, 2]}, "2 positive sizes"),
+        ({"sub_sample": [0, 2]}, "2 positive sizes"),
+        ({"sub_sample": [2.0, 2]}, "2 positive sizes"),
+        ({"temporal_window": 4}, "temporal_window=4 is of clips.*dims=2"),
+        ({"dims": 3, "temporal_window": 0}, "positive number of frames"),
+        ({"dims": 3, "temporal_window": 3, "sub_sample": [2, 2, 2]}, "multiple of the 2 frames"),
         ({"dims": 4}, "dims must be 1, 2 or 3"),
         ({"inter_channels": 0}, "out_channels must be a positive int"),
     ],

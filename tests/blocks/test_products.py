@@ -25,7 +25,7 @@ from nlsurgery.blocks.affinity_rows import logits_at_places, row_attend
 from nlsurgery.blocks.affinity_softmax import has_denormal_weights, softmax_attend
 from nlsurgery.blocks.attend import attend
 from nlsurgery.blocks.choose import choose_implementation, without_denormals
-from nlsurgery.blocks.geometry import CHANNELS_LAST, pool_keys
+from nlsurgery.blocks.geometry import CHANNELS_LAST, pool_keys, pool_sizes
 from nlsurgery.blocks.products import exponentials, factors, product, product_and
 
 from .cases import BFLOAT16, needs_bfloat16
@@ -424,7 +424,8 @@ def test_every_layout(monkeypatch, last, many, keep):
     "spatial", [(9,), (8,), (8, 6), (7, 5), (3, 1), (3, 3), (2, 5, 4), (3, 4, 7), (1, 1)], ids=str
 )
 def test_which_key_lies_where_a_query_does(spatial, last):
-    key_sizes = pool_keys(torch.zeros(1, 1, *spatial)).shape[2:]
+    pool = pool_sizes(True, len(spatial))
+    key_sizes = pool_keys(torch.zeros(1, 1, *spatial), pool).shape[2:]
     # Numbers of keys, and their negatives against queries of two channels, of which one is 0.
     number = torch.arange(key_sizes.numel()).bfloat16()
     k = torch.stack([number, -number], 0 if not last else 1)
@@ -434,8 +435,8 @@ def test_which_key_lies_where_a_query_does(spatial, last):
     of_each = logits_at_places(q, k, (spatial, key_sizes)).view(1, 1, *spatial).float()
     # The largest and the smallest number among what is pooled into a key are both that key's.
     expected = number.view(1, 1, *key_sizes).float()
-    assert torch.equal(pool_keys(of_each), expected)
-    assert torch.equal(-pool_keys(-of_each), expected)
+    assert torch.equal(pool_keys(of_each, pool), expected)
+    assert torch.equal(-pool_keys(-of_each, pool), expected)
     negative = logits_at_places(q.flip(1), k, (spatial, key_sizes)).view(1, 1, *spatial)
     assert torch.equal(negative.float(), -of_each)
 
@@ -449,12 +450,12 @@ def test_which_key_lies_where_a_query_does(spatial, last):
 def test_vectors_times_themselves(monkeypatch, spatial, sub_sample, last, implementation):
     monkeypatch.setattr(affinity_explicit, "ITEM_LOGITS", 0)
     # Logits of around 100, spread by a few, and 5 more with themselves.
-    dims = len(spatial)
+    dims, pool = len(spatial), pool_sizes(True, len(spatial))
     shared = 0.5 * torch.randn(2, 400, *[1] * dims)
     x = torch.randn(2, 400, *spatial).mul(0.12).add(shared).bfloat16()
     if last and dims > 1:
         x = x.to(memory_format=CHANNELS_LAST[dims + 2])
-    pooled = pool_keys(x) if sub_sample else x
+    pooled = pool_keys(x, pool) if sub_sample else x
     v = torch.randn_like(pooled[:, :24])
     dy = torch.randn_like(x[:, :24])
     peaks = counted(monkeypatch, affinity_rows._Item, "_above_peak")
@@ -464,7 +465,7 @@ def test_vectors_times_themselves(monkeypatch, spatial, sub_sample, last, implem
     def branch(x: Tensor, form: str) -> list[Tensor]:
         x = x.detach().requires_grad_()
         values = v.to(x.dtype).requires_grad_()
-        y = attend(x, pool_keys(x) if sub_sample else x, values, "gaussian", 1.0, form)
+        y = attend(x, pool_keys(x, pool) if sub_sample else x, values, "gaussian", 1.0, form)
         return [y, *torch.autograd.grad(y, (x, values), dy.to(x.dtype))]
 
     found = branch(x, implementation)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -63,7 +63,7 @@ def _video() -> list[Case]:
         for pool in (True, False):
             for norm in ("bn", "norm", "none"):
                 state = peers.slowfast_state(8, 4, bn=norm != "none", name=norm)
-                peer = _with_mode(peers.slowfast, kind, pool)
+                peer = _with_mode(peers.slowfast, kind, (1, 2, 2) if pool else None)
                 choices = Choices(mode=mode, sub_sample=None if pool else False)
                 name = f"slowfast-{kind}-{'pool' if pool else 'full'}-{norm}"
                 made.append(Case(name, "slowfast", state, peer, SIZES[3], choices=choices))
@@ -92,6 +92,25 @@ def _video() -> list[Case]:
     return made
 
 
+def _res3() -> list[Case]:
+    """caffe2's blocks at res3: windows of four frames where BatchNorm is frozen."""
+    made = []
+    flags = {"softmax": True, "scale": True, "pool": True}
+    told = Choices(temporal_window=0)
+    for name, bn, window, choices in (
+        ("frozen", "affine", 4, Choices()),
+        ("bn", "bn", None, Choices()),
+        ("frozen-all-frames", "affine", None, told),
+    ):
+        state = peers.caffe2_state(8, 4, bn=bn)
+        peer = _with_mode(peers.caffe2, **flags)
+        if window is not None:
+            peer = _with_mode(peers.caffe2_groups, window, **flags)
+        case = Case(f"caffe2-res3-{name}", "caffe2", state, peer, (8, 4, 5), choices=choices)
+        made.append(replace(case, prefix="nonlocal_conv3_1"))
+    return made
+
+
 def _rest() -> list[Case]:
     size = SIZES[2]
     made = [
@@ -117,10 +136,19 @@ def _rest() -> list[Case]:
             "slowfast-eps",
             "slowfast",
             peers.slowfast_state(8, 4, bn=True),
-            _with_mode(peers.slowfast, "softmax", True, eps=1e-3),
+            _with_mode(peers.slowfast, "softmax", (1, 2, 2), eps=1e-3),
             SIZES[3],
             choices=Choices(bn_eps=1e-3),
         ),
+        Case(
+            "slowfast-dot_product-2x2x2",
+            "slowfast",
+            peers.slowfast_state(8, 4, bn=True),
+            _with_mode(peers.slowfast, "dot_product", (2, 2, 2)),
+            (5, 4, 6),
+            choices=Choices(mode="dot_product", sub_sample=(2, 2, 2)),
+        ),
+        *_res3(),
         Case("sagan", "sagan", peers.qkv_state(8, 3), peers.self_attention, size),
         Case("danet-pam", "danet", peers.qkv_state(8, 1), peers.self_attention, size),
         Case("danet-cam", "danet", peers.fill({"gamma": (1,)}), peers.channel_attention, size),

@@ -61,12 +61,14 @@ def batch_norm(state: State, name: str, z: Tensor, eps: float = 1e-5) -> Tensor:
 
 def halve(x: Tensor) -> Tensor:
     """Max over 2, 2×2 or 1×2×2 cells; a last odd row or column is dropped."""
-    for axis in range(2, x.dim()):
-        if x.dim() == 5 and axis == 2:
-            continue
-        half = x.shape[axis] // 2
-        pairs = x.narrow(axis, 0, 2 * half).unflatten(axis, (half, 2))
-        x = pairs.amax(axis + 1)
+    return cells(x, (1, 2, 2)[2 - x.dim() :])
+
+
+def cells(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Max over cells of so many along each axis; what is left over is dropped."""
+    for axis, size in enumerate(sizes, 2):
+        count = x.shape[axis] // size
+        x = x.narrow(axis, 0, size * count).unflatten(axis, (count, size)).amax(axis + 1)
     return x
 
 
@@ -162,9 +164,11 @@ def slowfast_state(
     return fill({**shapes, **(bn_shapes(name, channels) if bn else {})}, seed)
 
 
-def slowfast(state: State, x: Tensor, instantiation: str, pool: bool, eps: float = 1e-5) -> Tensor:
+def slowfast(
+    state: State, x: Tensor, instantiation: str, pool: tuple[int, ...] | None, eps: float = 1e-5
+) -> Tensor:
     """θ of x, φ and g of the pooled x; softmax logits times C'^-½, else divided by the keys."""
-    keys = (halve(x) if pool else x).flatten(2)
+    keys = (cells(x, pool) if pool else x).flatten(2)
     q = linear(state, "conv_theta", x.flatten(2))
     k, v = linear(state, "conv_phi", keys), linear(state, "conv_g", keys)
     mode = "embedded_gaussian" if instantiation == "softmax" else "dot_product"
@@ -188,6 +192,12 @@ def caffe2_state(channels: int, inner: int, *, bn: str, seed: int = 0) -> State:
     if bn == "bn":
         shapes |= {"bn_rm": (channels,), "bn_riv": (channels,)}
     return fill(shapes, seed)
+
+
+def caffe2_groups(state: State, x: Tensor, frames: int, **options: bool) -> Tensor:
+    """``add_nonlocal_group``: groups of frames are clips of their own."""
+    parts = [caffe2(state, part, **options) for part in x.split(frames, dim=2)]
+    return torch.cat(parts, 2)
 
 
 def caffe2(state: State, x: Tensor, *, softmax: bool, scale: bool, pool: bool) -> Tensor:

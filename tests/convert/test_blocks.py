@@ -69,7 +69,7 @@ OTHERS = [
     ("timm", "alexhex7", lambda s, x: peers.alexhex7(s, x, "embedded_gaussian")),
     ("timm", "mmcv", lambda s, x: peers.mmcv(s, x, "embedded_gaussian", use_scale=False)),
     ("slowfast", "caffe2", lambda s, x: peers.caffe2(s, x, softmax=True, scale=True, pool=True)),
-    ("caffe2", "slowfast", lambda s, x: peers.slowfast(s, x, "softmax", True)),
+    ("caffe2", "slowfast", lambda s, x: peers.slowfast(s, x, "softmax", (1, 2, 2))),
 ]
 
 
@@ -126,7 +126,7 @@ def test_our_own_block_in_every_layout_that_holds_it(mode: str, target: str) -> 
         "alexhex7": lambda: peers.alexhex7(theirs, x, mode),
         "mmcv": lambda: peers.mmcv(theirs, x, mode),
         "slowfast": lambda: peers.slowfast(
-            theirs, x, "softmax" if softmax else "dot_product", True
+            theirs, x, "softmax" if softmax else "dot_product", (1, 2, 2)
         ),
         "caffe2": lambda: peers.caffe2(theirs, x, softmax=softmax, scale=True, pool=True),
         "timm": lambda: peers.timm_nl(theirs, x),

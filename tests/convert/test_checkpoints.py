@@ -43,7 +43,7 @@ def block_state(layout: str, channels: int, dims: int, seed: int) -> peers.State
 
 def run_block(layout: str, state: peers.State, x: Tensor) -> Tensor:
     if layout == "slowfast":
-        return peers.slowfast(state, x, "softmax", True)
+        return peers.slowfast(state, x, "softmax", (1, 2, 2))
     if layout == "caffe2":
         return peers.caffe2(state, x, softmax=True, scale=True, pool=True)
     return peers.mmcv(state, x, "embedded_gaussian")
@@ -237,10 +237,60 @@ def test_recipe_says_what_keys_do_not_tell(mode: str, use_scale: bool) -> None:
     done = convert_state(state, options=model_options(model))
     load_converted(model, done, "x.pth")
     kind = "softmax" if mode == "embedded_gaussian" else "dot_product"
-    run = with_blocks(original, {"layer2.1": block}, lambda s, y: peers.slowfast(s, y, kind, False))
+    run = with_blocks(original, {"layer2.1": block}, lambda s, y: peers.slowfast(s, y, kind, None))
     x = peers.numbers(1, 3, 4, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(x), run(x), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("sub_sample", [(2, 2, 2), (1, 4, 4)], ids=str)
+def test_pool_of_the_recipe_is_the_checkpoint_s(sub_sample: tuple[int, ...]) -> None:
+    block = {"sub_sample": list(sub_sample), "pool_order": "before_conv"}
+    model = operated_for(block, [1])
+    original, state, block = slowfast_with_one_block()
+    done = convert_state(state, options=model_options(model))
+    load_converted(model, done, "x.pth")
+    assert recipe_of(done)["inserts"][0]["block"]["sub_sample"] == list(sub_sample)
+    run = with_blocks(
+        original, {"layer2.1": block}, lambda s, y: peers.slowfast(s, y, "softmax", sub_sample)
+    )
+    x = peers.numbers(1, 3, 4, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), run(x), rtol=0, atol=1e-9)
+
+
+def test_windows_of_a_frozen_caffe2_network() -> None:
+    """Its blocks at res3 see four frames each, those of res4 all of them; what keys imply is noted."""
+    model = toy(3, 3)
+    blocks = {
+        "nonlocal_conv3_1": peers.caffe2_state(32, 16, bn="affine"),
+        "nonlocal_conv4_0": peers.caffe2_state(64, 32, bn="affine"),
+    }
+    state = foreign_state(model, "caffe2")
+    for prefix, block in blocks.items():
+        state |= {f"{prefix}_{key}": value for key, value in block.items()}
+    done = convert_state(state)
+    assert [spec.options.get("temporal_window") for spec in done.blocks] == [4, None]
+    assert any("temporal_window: taken as 4" in note for note in done.notes)
+    recipe = recipe_of(done)
+    operated = nlsurgery.apply(ToyResNet(3, 3).double(), recipe, input_size=(3, 8, 32, 32))
+    load_converted(operated, done, "x.pkl")
+    flags = {"softmax": True, "scale": True, "pool": True}
+    model.get_submodule("layer2.1").register_forward_hook(
+        lambda module, args, y: peers.caffe2_groups(blocks["nonlocal_conv3_1"], y, 4, **flags)
+    )
+    model.get_submodule("layer3.0").register_forward_hook(
+        lambda module, args, y: peers.caffe2(blocks["nonlocal_conv4_0"], y, **flags)
+    )
+    x = peers.numbers(1, 3, 8, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(operated.eval()(x), model(x), rtol=0, atol=1e-9)
+    del recipe["inserts"][0]["block"]["temporal_window"]
+    other = nlsurgery.apply(ToyResNet(3, 3).double(), recipe, input_size=(3, 8, 32, 32))
+    with pytest.raises(
+        CheckpointError, match=r"has temporal_window=4.*write temporal_window: 4 in"
+    ):
+        load_converted(other, convert_state(state, options=model_options(other)), "x.pkl")
 
 
 @pytest.mark.parametrize(
@@ -252,11 +302,16 @@ def test_recipe_says_what_keys_do_not_tell(mode: str, use_scale: bool) -> None:
             [1],
             r"'concatenation' was asked for.*embedded_gaussian or dot",
         ),
+        (
+            {"temporal_window": 2},
+            [1],
+            r"has temporal_window=None.* 2, and no.*write temporal_window: null in",
+        ),
         ({}, [0], r"belongs at layer2\.1\.nlsurgery\.0, where the recipe puts none"),
         ({"inter_channels": 4}, [1], r"other shapes: layer2\.1\.nlsurgery\.0\.theta"),
         ({}, [0, 1], r"no block for layer2\.0\.nlsurgery\.0"),
     ],
-    ids=["pool order", "mode", "place", "inner channels", "one too many"],
+    ids=["pool order", "mode", "window", "place", "inner channels", "one too many"],
 )
 def test_recipe_that_does_not_fit_says_so(
     options: dict[str, object], after: list[int], message: str

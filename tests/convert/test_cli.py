@@ -154,6 +154,26 @@ def test_caffe2_pickle_both_ways(tmp_path: Path, run: Run) -> None:
         torch.testing.assert_close(value, torch.from_numpy(blobs[key]), rtol=0, atol=0)
 
 
+def test_pool_of_slowfast(tmp_path: Path, run: Run, capsys: Shown) -> None:
+    path, back = tmp_path / "in.pth", tmp_path / "back.pth"
+    block = peers.slowfast_state(8, 4, bn=True)
+    torch.save({"model_state": {f"s4.pathway0_nonlocal6.{k}": v for k, v in block.items()}}, path)
+    words = (path, "--mode", "dot_product", "--pool", 2, 2, 2)
+    assert run(*words, "--no-sub-sample", "--out", tmp_path / "out.pth") == 2
+    assert "not both" in capsys.readouterr().err
+    assert run(*words, "--json", "--out", tmp_path / "out.pth") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["blocks"][0]["options"]["sub_sample"] == [2, 2, 2]
+    assert shown["recipe"]["inserts"][0]["block"]["sub_sample"] == [2, 2, 2]
+    assert not any("sub_sample" in note for note in shown["notes"])
+    words = (*words[1:], "--from", "nlsurgery", "--to", "slowfast", "--pool-order", "before_conv")
+    assert run(tmp_path / "out.pth", *words, "--json", "--out", back) == 0
+    assert json.loads(capsys.readouterr().out)["blocks"][0]["options"]["pool_size"] == [2, 2, 2]
+    again = {k.removeprefix("s4.pathway0_nonlocal6."): v for k, v in read_foreign(back).items()}
+    for key, value in block.items():
+        torch.testing.assert_close(again[key], value, rtol=0, atol=0)
+
+
 def test_pickle_that_runs_code_is_refused(tmp_path: Path, run: Run, capsys: Shown) -> None:
     class Harmful:
         def __reduce__(self) -> tuple[object, ...]:

@@ -97,8 +97,10 @@ def test_damaged_blocks(change: Callable[[peers.State], None], message: str) -> 
         ("sagan", "sagan", Choices(mode="dot_product"), "takes no choice"),
         ("alexhex7", "alexhex7", Choices(mode="gaussian"), "embedded_gaussian or dot_product"),
         ("slowfast", "slowfast", Choices(mode="concatenation"), "embedded_gaussian or dot_product"),
+        ("slowfast", "slowfast", Choices(temporal_window=4), "temporal_window=4 was asked for"),
+        ("slowfast", "slowfast", Choices(sub_sample=(2, 2)), r"3 positive sizes.*got \(2, 2\)"),
     ],
-    ids=["scale", "mode of sagan", "gaussian", "concatenation"],
+    ids=["scale", "mode of sagan", "gaussian", "concatenation", "window", "pool"],
 )
 def test_choices_against_the_keys(layout: str, state: str, choices: Choices, message: str) -> None:
     made = {
@@ -112,7 +114,7 @@ def test_choices_against_the_keys(layout: str, state: str, choices: Choices, mes
         convert_state(under("a", made), layout, choices=choices)
 
 
-def ours(type_: str, dims: int = 2, **options: Any) -> tuple[peers.State, dict[str, Any]]:
+def ours(type_: str, *, dims: int = 2, **options: Any) -> tuple[peers.State, dict[str, Any]]:
     block = block_type(type_).build(8, dims=dims, **options)
     shapes = {k: tuple(v.shape) for k, v in block.state_dict().items()}
     return under("layer2.0.nlsurgery.0", peers.fill(shapes)), options
@@ -123,6 +125,20 @@ HELD_NOWHERE = [
     ("alexhex7", "non_local", {"mode": "gaussian", "use_scale": True}, "a scaled gaussian block"),
     ("mmcv", "non_local", {"sub_sample": True, "pool_order": "before_conv"}, "a pool before_conv"),
     ("mmcv", "non_local", {"inter_channels": 3}, "3 inner channels of 8"),
+    ("mmcv", "non_local", {"dims": 3, "temporal_window": 4}, "temporal_window=4; it has none"),
+    (
+        "caffe2",
+        "non_local",
+        {"dims": 3, "pool_order": "before_conv", "temporal_window": 2},
+        "temporal_window=2; it has windows of 4",
+    ),
+    (
+        "caffe2",
+        "non_local",
+        {"dims": 3, "pool_order": "before_conv", "sub_sample": [2, 2, 2]},
+        "a pool of 2×2×2",
+    ),
+    ("alexhex7", "non_local", {"sub_sample": [4, 4]}, "a pool of 4×4; it pools by 2 over space"),
     ("slowfast", "non_local", {"mode": "gaussian"}, "mode 'gaussian'.*dot_product"),
     ("slowfast", "non_local", {}, "a 2-D block; its blocks are 3-D"),
     ("timm", "non_local", {"mode": "dot_product"}, "mode 'dot_product'"),

@@ -166,6 +166,20 @@ def test_rows_of_a_clip_are_those_of_the_block_s_map(sub_sample: bool) -> None:
         torch.testing.assert_close(rows.weights[index].flatten(), expected)
 
 
+def test_keys_of_pooled_windows_lie_on_the_clip_s_grid() -> None:
+    import torchvision
+
+    model = torchvision.models.video.r3d_18()
+    block = {"type": "non_local", "sub_sample": [2, 2, 3], "temporal_window": 2}
+    insert = {"stage": "res3", "after": "last", "block": block}
+    nlsurgery.apply(model, {"version": 1, "inserts": [insert]}, input_size=(3, 8, 32, 48))
+    clip = torch.randn(1, 3, 8, 32, 48, generator=torch.Generator().manual_seed(1))
+    (rows,) = capture_attention(model, clip, [(0.99, 0.3, 0.9), (0.5, 0.5, 0.1)]).rows
+    assert (rows.query_size, rows.key_size, rows.key_stride) == ((4, 8, 12), (2, 4, 4), (2, 2, 3))
+    in_windows = rows.weights.sum((2, 3))
+    torch.testing.assert_close(in_windows, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+
+
 def test_image_for_a_video_model_is_refused() -> None:
     import torchvision
 
@@ -205,7 +219,7 @@ def test_model_without_blocks_is_refused(image: Tensor) -> None:
     ids=["whole", "pooled", "odd", "one-line", "no-grid", "clip-pooled", "clip-whole"],
 )
 def test_key_stride(keys: int, size: tuple[int, ...], stride: tuple[int, ...] | None) -> None:
-    assert capture._key_stride(keys, size) == stride
+    assert capture._key_stride(keys, size, None) == stride
 
 
 def test_grid_points_are_row_by_row() -> None:
