@@ -57,6 +57,18 @@ def test_every_command_in_the_readme_exists() -> None:
     assert named <= known
 
 
+def test_the_plan_shown_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    from nlsurgery.cli.app import app
+
+    words = "plan resnet50 res4_5blocks"
+    assert f"nlsurgery {words} " in TEXT
+    with pytest.raises(SystemExit) as ended:
+        app(args=words.split())
+    assert not ended.value.code
+    printed = [line.rstrip() for line in capsys.readouterr().out.strip().splitlines()]
+    assert "\n".join(["```text", *printed, "```"]) in TEXT
+
+
 def test_every_linked_file_exists() -> None:
     links = re.findall(r"\]\((?!http|#)([^)#]+)", TEXT)
     assert links
