@@ -41,7 +41,7 @@ OWN_LOGITS_BFLOAT16, FEW_PRODUCTS_BFLOAT16 = 1 << 17, 1 << 21
 IN_PLACE = 16
 #: Logits of an item from which on it goes by itself (``affinity_rows.py``), in bfloat16: where there is a
 #: backward, and where there is none, there by whether there are several threads.
-ITEM_LOGITS, ITEM_LOGITS_FORWARD = 1 << 19, {False: 3 << 15, True: 1 << 18}
+ITEM_LOGITS, ITEM_LOGITS_FORWARD = 1 << 19, {False: 3 << 15, True: 3 << 16}
 #: The same of the only item, where there is no backward: no others could go together with it.
 ONLY_ITEM_LOGITS_FORWARD = 1 << 16
 #: Up to so many logits in all to begin a call takes longer than the calls that a pass over them saves.
@@ -87,12 +87,21 @@ def _is_plain(q: Tensor, k: Tensor, has_backward: bool) -> bool:
 
 
 def _goes_by_rows(q: Tensor, k: Tensor, has_backward: bool) -> bool:
-    if not keeps_bfloat16(q):
-        return False
+    return keeps_bfloat16(q) and is_large_item(q.shape[0], q.shape[1] * k.shape[1], has_backward)
+
+
+def is_large_item(batch: int, logits: int, has_backward: bool) -> bool:
+    """Whether each of so many bfloat16 items goes by itself, its logits formed by one product.
+
+    Args:
+        batch: B.
+        logits: N·M of an item.
+        has_backward: Whether there is one.
+    """
     limit = ITEM_LOGITS if has_backward else ITEM_LOGITS_FORWARD[products.takes_threads()]
-    if q.shape[0] == 1 and not has_backward:
+    if batch == 1 and not has_backward:
         limit = ONLY_ITEM_LOGITS_FORWARD
-    return q.shape[1] * k.shape[1] >= limit
+    return logits >= limit
 
 
 def keeps_bfloat16(q: Tensor) -> bool:

@@ -25,7 +25,12 @@ SMALL_PRODUCT = 1 << 22
 
 def is_small(q: Tensor, k: Tensor) -> bool:
     """Whether torch's fused attention takes least, whatever the processor, of (…, N, C') and (…, M, C')."""
-    return q.shape[-2] * k.shape[-2] * q.shape[-1] < SMALL_PRODUCT
+    return is_small_head(q.shape[-2] * k.shape[-2], q.shape[-1])
+
+
+def is_small_head(logits: int, channels: int) -> bool:
+    """:func:`is_small` of so many logits of each head, and channels of its keys."""
+    return logits * channels < SMALL_PRODUCT
 
 
 def takes_operator(q: Tensor) -> bool:

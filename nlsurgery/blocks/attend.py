@@ -19,7 +19,7 @@ from nlsurgery.blocks.affinity_softmax import (
     softmax_attend,
 )
 from nlsurgery.blocks.choose import choose_implementation, without_denormals
-from nlsurgery.blocks.geometry import is_eager, pooled_size, to_map, to_tokens, working_dtype
+from nlsurgery.blocks.geometry import is_eager, num_keys, to_map, to_tokens, working_dtype
 from nlsurgery.blocks.memory_format import to_channels_last, to_rows
 from nlsurgery.blocks.projection import small_products, torch_takes_onednn
 from nlsurgery.blocks.residual import convolve, is_plain, parameters_of, project
@@ -32,13 +32,6 @@ FEW_ROWS, ROW_CHANNELS = 50, (1 << 8, 1 << 10)
 ROW_PRODUCTS = 1 << 27
 #: Up to so many logits calls of torch's take longer than what they compute, but in half precisions.
 FEW_LOGITS, FEW_LOGITS_HALF = 1 << 17, 1 << 15
-
-
-def num_keys(spatial: Sequence[int], pool: Sequence[int] | None) -> int:
-    """M for a map's spatial sizes, pooled by so many along each axis."""
-    if pool is None:
-        return math.prod(spatial)
-    return math.prod([pooled_size(size, step) for size, step in zip(spatial, pool, strict=True)])
 
 
 @torch.fx.wrap
@@ -102,13 +95,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mode: str, scale: float, implementat
     Returns:
         (B, V, *spatial), in the dtype of ``v``.
     """
-    num_queries, num_keys = math.prod(q.shape[2:]), math.prod(k.shape[2:])
+    num_queries = math.prod(q.shape[2:])
     form = implementation
     if form == "auto":
         form = choose_implementation(
             mode,
             num_queries=num_queries,
-            num_keys=num_keys,
+            num_keys=math.prod(k.shape[2:]),
             head_size=q.shape[1],
             value_size=v.shape[1],
             batch=v.shape[0],

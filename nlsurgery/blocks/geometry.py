@@ -5,6 +5,7 @@ Functions here decide by shape, so they are opaque to ``torch.fx`` (``torch.fx.w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -152,9 +153,11 @@ def pool_option(sizes: Sequence[int] | None, dims: int) -> bool | list[int]:
     return list(sizes)
 
 
-def pooled_size(size: int, step: int) -> int:
-    """What pooling leaves of an axis: sizes round down, and one below ``step`` becomes 1."""
-    return size // step if size >= step else 1
+def num_keys(spatial: Sequence[int], pool: Sequence[int] | None) -> int:
+    """M of a map: positions that pooling leaves, where sizes round down and those below the cell's are 1."""
+    if pool is None:
+        return math.prod(spatial)
+    return math.prod([n // step if n >= step else 1 for n, step in zip(spatial, pool, strict=True)])
 
 
 @torch.fx.wrap
@@ -168,7 +171,7 @@ def pool_keys(x: Tensor, sizes: Sequence[int]) -> Tensor:
         sizes: Of the cells, along each axis.
 
     Returns:
-        The pooled tensor, :func:`pooled_size` along each axis.
+        The pooled tensor, of :func:`num_keys` positions.
     """
     kernel = [step if size >= step else size for size, step in zip(x.shape[2:], sizes, strict=True)]
     if len(kernel) == 1:

@@ -91,7 +91,9 @@ class MultiHeadNonLocal(ProjectedBlock):
 
     def attended(self, x: Tensor) -> Tensor:
         """All heads' values, side by side."""
-        (q, k, v), scale = project_scaled(x, self.scale, self.theta, self.phi, self.g)
+        (q, k, v), scale = project_scaled(
+            x, self.scale, self.theta, self.phi, self.g, pool=self.pool, heads=self.heads
+        )
         return multi_head(q, self._pooled(k), self._pooled(v), self.heads, scale)
 
     def attention(self, x: Tensor) -> Tensor:

@@ -22,13 +22,13 @@ from nlsurgery.blocks.attend import (
     laid_out,
     logit_part,
     logits_and_values,
-    num_keys,
 )
 from nlsurgery.blocks.choose import checked_implementation, choose_implementation
 from nlsurgery.blocks.few import are_few, few_non_local
 from nlsurgery.blocks.geometry import (
     checked_input,
     choice,
+    num_keys,
     pointwise,
     pool_keys,
     pool_option,
@@ -281,9 +281,19 @@ class NonLocal(nn.Module):
         early = self._pooled(x, "before_conv")
         if self.mode in _PROJECTED:
             if early is x:
-                (q, k, v), scale = project_scaled(x, self.scale, self.theta, self.phi, self.g)
+                (q, k, v), scale = project_scaled(
+                    x,
+                    self.scale,
+                    self.theta,
+                    self.phi,
+                    self.g,
+                    pool=self.pool,
+                    form=self.implementation,
+                )
             else:
-                (q,), scale = project_scaled(x, self.scale, self.theta)
+                (q,), scale = project_scaled(
+                    x, self.scale, self.theta, pool=self.pool, form=self.implementation
+                )
                 k, v = project_together(early, self.phi, self.g)
             return q, self._pooled(k, "after_conv"), self._pooled(v, "after_conv"), scale
         if self.mode == "concatenation" and self.pool is None:

@@ -16,12 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nlsurgery.blocks.affinity_explicit import is_large_item
+from nlsurgery.blocks.affinity_operator import is_small_head
 from nlsurgery.blocks.geometry import (
     CHANNELS_LAST,
     has_sizes,
     is_batched,
     is_compiled,
     is_eager,
+    num_keys,
     working_dtype,
 )
 from nlsurgery.blocks.memory_format import to_format_of
@@ -47,8 +50,6 @@ DENSE_VALUES = 1 << 14
 #: torch's CPU convolutions take long to begin.
 MANY_POSITIONS = 1024
 MANY_POSITIONS_BFLOAT16 = 128
-#: From so many positions on logits are not formed by passes, which would scale them at no cost.
-SCALED_POSITIONS = 512
 #: Weights of so many values in all are joined only for as many positions as the input has channels.
 MANY_WEIGHTS = 1 << 20
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -96,7 +97,12 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
 
 @torch.fx.wrap
 def project_scaled(
-    x: Tensor, scale: float, *projections: nn.Module
+    x: Tensor,
+    scale: float,
+    *projections: nn.Module,
+    pool: Sequence[int] | None = None,
+    heads: int | None = None,
+    form: str = "auto",
 ) -> tuple[tuple[Tensor, ...], float]:
     """:func:`project_together` queries and what else is projected, the queries scaled where that is better.
 
@@ -104,17 +110,27 @@ def project_scaled(
         x: (B, C, *spatial).
         scale: The factor on the logits.
         projections: The modules, that of the queries first.
+        pool: By how many keys are pooled along each axis, if they are.
+        heads: Of attention in several heads, how many.
+        form: The block's ``implementation``.
 
     Returns:
         One (B, C', *spatial) of each, and the factor on the logits that is left.
     """
-    factor = queries_factor(x, scale, *projections)
+    factor = queries_factor(x, scale, *projections, pool=pool, heads=heads, form=form)
     if factor == 1.0:
         return project_together(x, *projections), scale
     return pointwise_products(x, [parameters_of(p) for p in projections], factor), scale / factor
 
 
-def queries_factor(x: Tensor, scale: float, *projections: nn.Module) -> float:
+def queries_factor(
+    x: Tensor,
+    scale: float,
+    *projections: nn.Module,
+    pool: Sequence[int] | None = None,
+    heads: int | None = None,
+    form: str = "auto",
+) -> float:
     """The part of the factor on the logits that :func:`project_scaled` gives the queries.
 
     That is all of it where scaled queries would be rounded twice otherwise, or logits be formed by two
@@ -124,14 +140,23 @@ def queries_factor(x: Tensor, scale: float, *projections: nn.Module) -> float:
         x: (B, C, *spatial).
         scale: The factor on the logits.
         projections: Those of the queries first.
+        pool: By how many keys are pooled along each axis, if they are.
+        heads: Of attention in several heads, how many.
+        form: The block's ``implementation``.
     """
     if x.dtype != torch.bfloat16 or is_power_of_two(scale) or not has_sizes():
         return 1.0
-    if x.numel() < SCALED_POSITIONS * x.shape[0] * x.shape[1]:
-        return 1.0
     if not all(is_plain(projection) for projection in projections):
         return 1.0
-    return scale if may_go_by_products(x, cast(Tensor, projections[0].weight)) else 1.0
+    weights = [parameters_of(projection)[0] for projection in projections]
+    logits = math.prod(x.shape[2:]) * num_keys(x.shape[2:], pool)
+    if heads is not None:
+        is_formed_once = not is_small_head(logits, weights[0].shape[0] // heads)
+    else:
+        trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
+        is_formed_once = form == "chunked" or is_large_item(x.shape[0], logits, trains)
+    # Else passes form them, which scale them at no cost.
+    return scale if is_formed_once and may_go_by_products(x, weights[0]) else 1.0
 
 
 @torch.fx.wrap

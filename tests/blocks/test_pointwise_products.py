@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nlsurgery.blocks import NonLocal, affinity_rows, projection, residual
+from nlsurgery.blocks import (
+    NonLocal,
+    affinity_explicit,
+    affinity_operator,
+    affinity_rows,
+    projection,
+)
 from nlsurgery.blocks.geometry import pointwise
 from nlsurgery.blocks.pointwise_products import pointwise_products
 from nlsurgery.blocks.projection import goes_by_products
@@ -152,10 +158,22 @@ def test_which_bfloat16_maps_go_by_them(monkeypatch):
 
 @needs_bfloat16
 def test_queries_are_scaled_where_it_saves_a_product(onednn, monkeypatch):
-    monkeypatch.setattr(residual, "SCALED_POSITIONS", 30)
+    monkeypatch.setattr(affinity_explicit, "ITEM_LOGITS", 30 * 30)
+    monkeypatch.setattr(affinity_explicit, "ITEM_LOGITS_FORWARD", {False: 20 * 30, True: 20 * 30})
+    monkeypatch.setattr(affinity_explicit, "ONLY_ITEM_LOGITS_FORWARD", 20 * 15)
+    monkeypatch.setattr(affinity_operator, "SMALL_PRODUCT", 30 * 30 * 3)
     layers = [pointwise(10, 6, 2).bfloat16() for _ in range(3)]
     x = torch.randn(2, 10, 6, 5).bfloat16()
     assert queries_factor(x, 0.3, *layers) == 0.3
+    assert queries_factor(x, 0.3, *layers, heads=2) == 0.3
+    assert queries_factor(x, 0.3, *layers, heads=3) == 1.0
+    assert queries_factor(x, 0.3, *layers, pool=(2, 2)) == 1.0
+    assert queries_factor(x, 0.3, *layers, pool=(2, 2), form="chunked") == 0.3
+    with torch.no_grad():
+        assert queries_factor(x[:, :, :4].contiguous(), 0.3, *layers) == 1.0
+        assert queries_factor(x, 0.3, *layers, pool=(1, 2)) == 1.0
+        assert queries_factor(x[:, :, 1:].contiguous(), 0.3, *layers) == 0.3
+        assert queries_factor(x[:1], 0.3, *layers, pool=(1, 2)) == 0.3
     assert queries_factor(x.to(memory_format=torch.channels_last), 0.3, *layers) == 0.3
     assert queries_factor(x, 0.25, *layers) == 1.0
     assert queries_factor(x[..., :4], 0.3, *layers) == 1.0
