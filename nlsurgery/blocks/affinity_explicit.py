@@ -41,7 +41,7 @@ OWN_LOGITS_BFLOAT16, FEW_PRODUCTS_BFLOAT16 = 1 << 17, 1 << 21
 IN_PLACE = 16
 #: Logits of an item from which on it goes by itself (``affinity_rows.py``), in bfloat16: where there is a
 #: backward, and where there is none, there by whether there are several threads.
-ITEM_LOGITS, ITEM_LOGITS_FORWARD = 1 << 19, {False: 3 << 15, True: 3 << 16}
+ITEM_LOGITS, ITEM_LOGITS_FORWARD = 1 << 19, {False: 1 << 17, True: 3 << 16}
 #: The same of the only item, where there is no backward: no others could go together with it.
 ONLY_ITEM_LOGITS_FORWARD = 1 << 16
 #: Up to so many logits in all to begin a call takes longer than the calls that a pass over them saves.

@@ -68,6 +68,19 @@ def to_format_of(z: Tensor, x: Tensor) -> Tensor:
     return _Transposed.apply(z, False)  # type: ignore[no-any-return]
 
 
+def with_channels_as(y: Tensor, x: Tensor) -> Tensor:
+    """``y`` (B, C', *spatial) on a CPU with channels last where ``x`` has them and ``y`` has them first.
+
+    So does what is projected from it, which else is normalised and added in two formats.
+    """
+    if x.dim() not in CHANNELS_LAST or x.is_contiguous() or x.device.type != "cpu":
+        return y
+    last = CHANNELS_LAST[x.dim()]
+    if is_eager() and y.is_contiguous() and x.is_contiguous(memory_format=last):
+        return to_channels_last(y)
+    return y
+
+
 def _is_worth_it(x: Tensor) -> bool:
     return is_eager() and x.device.type == "cpu" and x.numel() >= MANY_VALUES
 

@@ -27,7 +27,7 @@ from nlsurgery.blocks.geometry import (
     num_keys,
     working_dtype,
 )
-from nlsurgery.blocks.memory_format import to_format_of
+from nlsurgery.blocks.memory_format import to_format_of, with_channels_as
 from nlsurgery.blocks.norms import BatchNorm
 from nlsurgery.blocks.pointwise_products import pointwise_products
 from nlsurgery.blocks.products import is_power_of_two
@@ -315,6 +315,7 @@ def add_projected(x: Tensor, y: Tensor, out: nn.Module, norm: nn.Module | None) 
     Returns:
         A new tensor like ``x``.
     """
+    y = with_channels_as(y, x)
     plain = is_plain(out)
     if plain and isinstance(norm, BatchNorm) and _may_fold(norm, y):
         z = finite(_folded(y, out, norm), fresh=True)

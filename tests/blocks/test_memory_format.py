@@ -6,9 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nlsurgery.blocks import NonLocal, SelfAttention, attend
+from nlsurgery.blocks import NonLocal, SelfAttention, attend, residual
 from nlsurgery.blocks.geometry import CHANNELS_LAST
-from nlsurgery.blocks.memory_format import to_channels_last, to_format_of, transposed
+from nlsurgery.blocks.memory_format import (
+    to_channels_last,
+    to_format_of,
+    transposed,
+    with_channels_as,
+)
 
 from .cases import BFLOAT16, MODES, randomised
 
@@ -59,6 +64,38 @@ def test_a_block_sends_back_a_gradient_that_lies_as_its_input_does() -> None:
     source.register_hook(parts.append)
     block(source).sum().backward()
     assert parts[0].is_contiguous()
+
+
+@pytest.mark.parametrize("spatial", [(6, 5), (24, 25), (2, 16, 17)], ids=str)
+def test_attended_values_lie_as_the_input_does(spatial: tuple[int, ...]) -> None:
+    first = torch.randn(2, 64, *spatial)
+    kind = CHANNELS_LAST[first.dim()]
+    last = torch.randn(2, 128, *spatial).to(memory_format=kind)
+    turned = with_channels_as(first, last)
+    assert turned.is_contiguous(memory_format=kind)
+    assert torch.equal(turned, first)
+    assert with_channels_as(turned, last) is turned
+    assert with_channels_as(first, first) is first
+    assert with_channels_as(turned, first) is turned
+    sequence = first.flatten(2)
+    assert with_channels_as(sequence, sequence.mT.contiguous().mT) is sequence
+
+
+def test_a_block_projects_attended_values_as_its_input_lies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[bool] = []
+    convolve = residual.convolve
+
+    def spy(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(x.is_contiguous(memory_format=torch.channels_last))
+        return convolve(x, weight, bias)
+
+    monkeypatch.setattr(residual, "convolve", spy)
+    block = NonLocal(64, implementation="chunked", norm="none")
+    x = torch.randn(2, 64, 24, 25).to(memory_format=torch.channels_last)
+    block(x)
+    assert seen[-1]
 
 
 @pytest.mark.parametrize("shape", MAPS[:3], ids=str)
