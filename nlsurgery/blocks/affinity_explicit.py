@@ -42,12 +42,17 @@ IN_PLACE = 16
 #: Logits of an item from which on it goes by itself (``affinity_rows.py``), in bfloat16: where there is a
 #: backward, and where there is none, there by whether there are several threads.
 ITEM_LOGITS, ITEM_LOGITS_FORWARD = 1 << 19, {False: 1 << 17, True: 3 << 16}
+#: The latter of keys of at most so many channels.
+NARROW_ITEM, NARROW_ITEM_LOGITS = 16, {False: 3 << 16, True: 1 << 18}
 #: The same of the only item, where there is no backward: no others could go together with it.
 ONLY_ITEM_LOGITS_FORWARD = 1 << 16
 #: Up to so many logits in all to begin a call takes longer than the calls that a pass over them saves.
 FEW_LOGITS = 3 << 16
 #: Logits of the items that go together.
 GROUP_LOGITS = 1 << 20
+#: Up to so many channels a float32 product takes less than two in bfloat16 and the passes between them: of
+#: few logits, and of more.
+NARROW_FEW, NARROW = 48, 32
 
 
 def explicit_attend(
@@ -87,21 +92,26 @@ def _is_plain(q: Tensor, k: Tensor, has_backward: bool) -> bool:
 
 
 def _goes_by_rows(q: Tensor, k: Tensor, has_backward: bool) -> bool:
-    return keeps_bfloat16(q) and is_large_item(q.shape[0], q.shape[1] * k.shape[1], has_backward)
+    if not keeps_bfloat16(q):
+        return False
+    return is_large_item(q.shape[0], q.shape[1] * k.shape[1], q.shape[2], has_backward)
 
 
-def is_large_item(batch: int, logits: int, has_backward: bool) -> bool:
+def is_large_item(batch: int, logits: int, channels: int, has_backward: bool) -> bool:
     """Whether each of so many bfloat16 items goes by itself, its logits formed by one product.
 
     Args:
         batch: B.
         logits: N·M of an item.
+        channels: C'.
         has_backward: Whether there is one.
     """
-    limit = ITEM_LOGITS if has_backward else ITEM_LOGITS_FORWARD[products.takes_threads()]
-    if batch == 1 and not has_backward:
-        limit = ONLY_ITEM_LOGITS_FORWARD
-    return logits >= limit
+    if has_backward:
+        return logits >= ITEM_LOGITS
+    if batch == 1:
+        return logits >= (FEW_LOGITS if channels <= NARROW_FEW else ONLY_ITEM_LOGITS_FORWARD)
+    limits = NARROW_ITEM_LOGITS if channels <= NARROW_ITEM else ITEM_LOGITS_FORWARD
+    return logits >= limits[products.takes_threads()]
 
 
 def keeps_bfloat16(q: Tensor) -> bool:
@@ -120,7 +130,8 @@ class _Explicit(torch.autograd.Function):
         narrow = keeps_bfloat16(q)
         kept: Tensor | None = None
         if narrow and batch * num_queries * num_keys <= FEW_LOGITS:
-            kept = _rounded_map(q, k, scale)
+            exact = q.shape[2] <= NARROW_FEW
+            kept = softmax_map(q, k, scale).to(q.dtype) if exact else _rounded_map(q, k, scale)
             y = apply_map(kept, v)
         else:
             if has_backward:
@@ -201,11 +212,15 @@ def _exact_softmax(q: Tensor, k: Tensor, scale: float, kept: Tensor | None) -> T
     shape = q.shape[0], q.shape[1], k.shape[1]
     rounded = Workspace(q, q.dtype, "gradients").take(*shape) if kept is None else kept
     logits = Workspace(q, torch.float32, "logits").take(*shape)
-    # A product rounded to bfloat16, and another of what the rounding took.
-    torch.bmm(q, k.transpose(1, 2), out=rounded)
-    logits.copy_(rounded)
-    torch.baddbmm(rounded, q, k.transpose(1, 2), beta=-1.0, out=rounded)
-    # Copied by hand: a sum of two dtypes would take new memory for the copy.
-    logits.add_(Workspace(q, torch.float32, "rest").take(*shape).copy_(rounded))
-    to_powers(logits.mul_(scale / LOG_2))
+    if q.shape[2] <= NARROW:
+        torch.bmm(q.float().mul_(scale / LOG_2), k.float().transpose(1, 2), out=logits)
+    else:
+        # A product rounded to bfloat16, and another of what the rounding took.
+        torch.bmm(q, k.transpose(1, 2), out=rounded)
+        logits.copy_(rounded)
+        torch.baddbmm(rounded, q, k.transpose(1, 2), beta=-1.0, out=rounded)
+        # Copied by hand: a sum of two dtypes would take new memory for the copy.
+        logits.add_(Workspace(q, torch.float32, "rest").take(*shape).copy_(rounded))
+        logits.mul_(scale / LOG_2)
+    to_powers(logits)
     return rounded.copy_(logits.mul_(logits.sum(-1, keepdim=True).reciprocal_()))

@@ -154,7 +154,9 @@ def queries_factor(
         is_formed_once = not is_small_head(logits, weights[0].shape[0] // heads)
     else:
         trains = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
-        is_formed_once = form == "chunked" or is_large_item(x.shape[0], logits, trains)
+        is_formed_once = form == "chunked" or is_large_item(
+            x.shape[0], logits, weights[0].shape[0], trains
+        )
     # Else passes form them, which scale them at no cost.
     return scale if is_formed_once and may_go_by_products(x, weights[0]) else 1.0
 

@@ -161,6 +161,8 @@ def test_queries_are_scaled_where_it_saves_a_product(onednn, monkeypatch):
     monkeypatch.setattr(affinity_explicit, "ITEM_LOGITS", 30 * 30)
     monkeypatch.setattr(affinity_explicit, "ITEM_LOGITS_FORWARD", {False: 20 * 30, True: 20 * 30})
     monkeypatch.setattr(affinity_explicit, "ONLY_ITEM_LOGITS_FORWARD", 20 * 15)
+    monkeypatch.setattr(affinity_explicit, "NARROW_ITEM", 0)
+    monkeypatch.setattr(affinity_explicit, "NARROW_FEW", 0)
     monkeypatch.setattr(affinity_operator, "SMALL_PRODUCT", 30 * 30 * 3)
     layers = [pointwise(10, 6, 2).bfloat16() for _ in range(3)]
     x = torch.randn(2, 10, 6, 5).bfloat16()
@@ -174,6 +176,10 @@ def test_queries_are_scaled_where_it_saves_a_product(onednn, monkeypatch):
         assert queries_factor(x, 0.3, *layers, pool=(1, 2)) == 1.0
         assert queries_factor(x[:, :, 1:].contiguous(), 0.3, *layers) == 0.3
         assert queries_factor(x[:1], 0.3, *layers, pool=(1, 2)) == 0.3
+        monkeypatch.setattr(affinity_explicit, "NARROW_ITEM", 6)
+        monkeypatch.setattr(affinity_explicit, "NARROW_FEW", 6)
+        assert queries_factor(x, 0.3, *layers) == 1.0
+        assert queries_factor(x[:1], 0.3, *layers, pool=(1, 2)) == 1.0
     assert queries_factor(x.to(memory_format=torch.channels_last), 0.3, *layers) == 0.3
     assert queries_factor(x, 0.25, *layers) == 1.0
     assert queries_factor(x[..., :4], 0.3, *layers) == 1.0

@@ -314,7 +314,11 @@ def test_rows_equal_the_formula(keep, dtype, tolerance, spread, scale, sizes, ch
 @pytest.mark.parametrize("spread", [0.1, 1.0, 8.0, 60.0])
 @pytest.mark.parametrize("few", [0, 1 << 30], ids=["in chunks", "by few calls"])
 @pytest.mark.parametrize("item", [0, 1 << 30], ids=["item by item", "all at once"])
-def test_a_bfloat16_map_is_kept_and_exact(monkeypatch, item, few, spread):
+@pytest.mark.parametrize("narrow", [0, 16], ids=["two products", "one product"])
+def test_a_bfloat16_map_is_kept_and_exact(monkeypatch, narrow, item, few, spread):
+    monkeypatch.setattr(affinity_explicit, "NARROW", narrow)
+    monkeypatch.setattr(affinity_explicit, "NARROW_FEW", narrow)
+    monkeypatch.setattr(affinity_explicit, "NARROW_ITEM", 0)
     monkeypatch.setattr(affinity_explicit, "FEW_LOGITS", few)
     monkeypatch.setattr(affinity_explicit, "ITEM_LOGITS", item)
     monkeypatch.setattr(
