@@ -44,7 +44,10 @@ IN_PLACE = 16
 ITEM_LOGITS, ITEM_LOGITS_FORWARD = 1 << 19, {False: 1 << 17, True: 3 << 16}
 #: The latter of keys of at most so many channels.
 NARROW_ITEM, NARROW_ITEM_LOGITS = 16, {False: 3 << 16, True: 1 << 18}
-#: The same of the only item, where there is no backward: no others could go together with it.
+#: In a compiled graph, whose passes over small maps are one: where there is a backward, with keys of at most
+#: ``NARROW`` channels and of more, and where there is none.
+GRAPH_LOGITS, GRAPH_LOGITS_FORWARD = {True: 1 << 20, False: 1 << 19}, 1 << 18
+#: As in eager mode, of the only item, where there is no backward: no others could go together with it.
 ONLY_ITEM_LOGITS_FORWARD = 1 << 16
 #: Up to so many logits in all to begin a call takes longer than the calls that a pass over them saves.
 FEW_LOGITS = 3 << 16
@@ -106,6 +109,9 @@ def is_large_item(batch: int, logits: int, channels: int, has_backward: bool) ->
         channels: C'.
         has_backward: Whether there is one.
     """
+    if is_compiled():
+        limit = GRAPH_LOGITS[channels <= NARROW] if has_backward else GRAPH_LOGITS_FORWARD
+        return logits >= limit
     if has_backward:
         return logits >= ITEM_LOGITS
     if batch == 1:
