@@ -28,7 +28,7 @@ from nlsurgery.blocks.affinity_chunks import (
 from nlsurgery.blocks.affinity_operator import operator_attend
 from nlsurgery.blocks.affinity_rows import Grids, row_attend, to_powers
 from nlsurgery.blocks.geometry import is_compiled, is_eager
-from nlsurgery.blocks.products import LOG_2
+from nlsurgery.blocks.products import LOG_2, apart
 
 #: From so many logits on a function of our own is faster than plain operations on a CPU: where there is
 #: a backward, and where there is none.
@@ -136,8 +136,10 @@ class _Explicit(torch.autograd.Function):
         narrow = keeps_bfloat16(q)
         kept: Tensor | None = None
         if narrow and batch * num_queries * num_keys <= FEW_LOGITS:
-            exact = q.shape[2] <= NARROW_FEW
-            kept = softmax_map(q, k, scale).to(q.dtype) if exact else _rounded_map(q, k, scale)
+            if q.shape[2] <= NARROW_FEW:
+                kept = softmax_map(q, k, scale).to(q.dtype)
+            else:
+                kept = _rounded_map(apart(q), apart(k), scale)
             y = apply_map(kept, v)
         else:
             if has_backward:
@@ -222,6 +224,7 @@ def _exact_softmax(q: Tensor, k: Tensor, scale: float, kept: Tensor | None) -> T
         torch.bmm(q.float().mul_(scale / LOG_2), k.float().transpose(1, 2), out=logits)
     else:
         # A product rounded to bfloat16, and another of what the rounding took.
+        q, k = apart(q), apart(k)
         torch.bmm(q, k.transpose(1, 2), out=rounded)
         logits.copy_(rounded)
         torch.baddbmm(rounded, q, k.transpose(1, 2), beta=-1.0, out=rounded)

@@ -192,6 +192,16 @@ def first_factor(tokens: Tensor) -> Tensor:
     return tokens if tokens.shape[0] <= MANY_TOKENS else tokens.contiguous()
 
 
+def apart(tokens: Tensor) -> Tensor:
+    """Tokens (B, N, C) that are part of a wider tensor, copied as they lie.
+
+    torch copies such factors of a batched product by oneDNN each time, in the other order slowly.
+    """
+    if tokens.stride(1) == 1 and tokens.stride(2) != 1:
+        return tokens.mT.contiguous().mT
+    return tokens.contiguous() if tokens.stride(2) == 1 else tokens
+
+
 def stacked(items: list[Tensor]) -> Tensor:
     """Tensors of one shape as a batch; a single one is not copied."""
     if len(items) > 1:

@@ -26,7 +26,7 @@ from nlsurgery.blocks.affinity_softmax import has_denormal_weights, softmax_atte
 from nlsurgery.blocks.attend import attend
 from nlsurgery.blocks.choose import choose_implementation, without_denormals
 from nlsurgery.blocks.geometry import CHANNELS_LAST, pool_keys, pool_sizes
-from nlsurgery.blocks.products import exponentials, factors, product, product_and
+from nlsurgery.blocks.products import apart, exponentials, factors, product, product_and
 
 from .cases import BFLOAT16, needs_bfloat16
 
@@ -566,3 +566,16 @@ def test_several_heads(monkeypatch, small, dtype):
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         assert error(one, other) < (1.2e-2 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_parts_of_a_wider_tensor_are_copied_as_they_lie():
+    whole = torch.randn(2, 7, 12)
+    assert apart(whole) is whole
+    assert apart(whole.mT.contiguous().mT).stride() == (84, 1, 7)
+    for part in (whole[..., 4:8], whole.mT.contiguous().mT[..., 4:8]):
+        copied = apart(part)
+        assert torch.equal(copied, part)
+        assert copied.stride() in ((28, 4, 1), (28, 1, 7))
+        assert (copied.stride(1) == 1) == (part.stride(1) == 1)
+    single = whole[..., 3:4]
+    assert torch.equal(apart(single), single)
