@@ -204,7 +204,7 @@ class NonLocal(nn.Module):
         q, k, v, scale = self._projections(source)
         y = attend(q, k, v, self.mode, scale, self.implementation)
         if frames is not None:
-            y = from_windows(y, x.shape[0])
+            y = from_windows(y, x)
         return add_projected(x, y, self.out, self.norm)
 
     def attention(self, x: Tensor, queries: Tensor | None = None) -> Tensor:

@@ -36,9 +36,14 @@ def to_windows(x: Tensor, frames: int) -> Tensor:
 
 
 @torch.fx.wrap
-def from_windows(windows: Tensor, batch: int) -> Tensor:
-    """(batch · windows, C, frames, H, W) to (batch, C, T, H, W), a view of channels-last windows."""
-    clips = torch.unflatten(windows, 0, (batch, -1))
+def from_windows(windows: Tensor, x: Tensor) -> Tensor:
+    """(B · windows, C', frames, H, W) to (B, C', T, H, W), a view of channels-last windows.
+
+    Args:
+        windows: Of the clips ``x``.
+        x: (B, C, T, H, W), for its sizes.
+    """
+    clips = torch.unflatten(windows, 0, (x.shape[0], x.shape[2] // windows.shape[2]))
     return clips.movedim(1, 2).flatten(2, 3)
 
 

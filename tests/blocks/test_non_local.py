@@ -104,6 +104,11 @@ def test_windows_train_as_their_own_clips_do():
         torch.testing.assert_close(one.grad, other.grad, **EXACT)
 
 
+def test_no_clips_in_windows():
+    block = NonLocal(6, dims=3, temporal_window=2).eval()
+    assert block(torch.zeros(0, 6, 4, 3, 3)).shape == (0, 6, 4, 3, 3)
+
+
 def test_a_clip_that_windows_do_not_divide_is_a_block_error():
     block = NonLocal(6, dims=3, temporal_window=4)
     for run in (block, block.attention):
