@@ -7,7 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nlsurgery.convert.layout import Choices
+from nlsurgery.convert.layout import Choices, State
+from nlsurgery.convert.pairwise import told_pool
 from nlsurgery.errors import CheckpointError
 from nlsurgery.walk import CHILD_NAME
 
@@ -138,7 +139,7 @@ def _parts(block: FoundOurs) -> list[FoundOurs]:
 
 
 def block_options(
-    block: FoundOurs, known: Mapping[str, Mapping[str, Any]], choices: Choices
+    block: FoundOurs, known: Mapping[str, Mapping[str, Any]], choices: Choices, state: State
 ) -> dict[str, Any]:
     """The options of a block that its keys do not tell.
 
@@ -146,21 +147,24 @@ def block_options(
         block: The block.
         known: Options by the block's path, where they are known (from its model or recipe).
         choices: What the caller says; it may not contradict ``known``.
+        state: The tensors.
 
     Raises:
-        CheckpointError: It does.
+        CheckpointError: It does, or a pool does not fit the block's dimensions.
     """
     defaults = UNTOLD.get(block.type, {})
-    told = dict(known.get(block.prefix, {}))
-    for name, value in choices.given().items():
-        known_differs = name in told and told[name] != value and (told[name] or value)
-        if name in defaults and known_differs:
+    dims = state[block.keys["g.weight"]].dim() - 2 if "g.weight" in block.keys else 0
+    told, asked = (
+        {name: _one_way(name, v, dims, block.prefix) for name, v in of.items() if name in defaults}
+        for of in (known.get(block.prefix, {}), choices.given())
+    )
+    for name, value in asked.items():
+        if told.get(name, value) != value:
             raise CheckpointError(
                 f"{block.prefix}: {name}={value!r} was asked for, but the block was built with "
                 f"{told[name]!r}"
             )
-    asked = {name: value for name, value in choices.given().items() if name in defaults}
-    options = {**defaults, **asked, **{k: v for k, v in told.items() if k in defaults}}
+    options = {**defaults, **asked, **told}
     if block.type == "non_local" and options["mode"] is None:
         if "concat_project.weight" in block.keys:
             options["mode"] = "concatenation"
@@ -168,3 +172,10 @@ def block_options(
             embedded = "theta.weight" in block.keys
             options["mode"] = "embedded_gaussian" if embedded else "gaussian"
     return options
+
+
+def _one_way(name: str, value: Any, dims: int, where: str) -> Any:
+    """An option as a block holds it, of those that can be said in several ways."""
+    if name == "sub_sample":
+        return told_pool(value, dims, where or "the block")
+    return value or None if name == "temporal_window" else value

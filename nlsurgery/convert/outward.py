@@ -7,7 +7,6 @@ from typing import Any
 
 from nlsurgery.convert.layout import BlockKind, Layout, OurBlock
 from nlsurgery.convert.ours import FoundOurs, block_options, find_ours
-from nlsurgery.convert.pairwise import told_pool
 from nlsurgery.convert.registry import OURS
 from nlsurgery.convert.request import Builder, Request
 from nlsurgery.convert.result import BlockSpec, Conversion, Left
@@ -35,7 +34,7 @@ def from_ours(request: Request) -> Conversion:
             else:
                 result.put(new, state[key], key)
     for block in found:
-        options = block_options(block, request.options, request.choices)
+        options = block_options(block, request.options, request.choices, state)
         _put_block(result, request, block, options)
     return result.done(OURS, layout.name)
 
@@ -47,9 +46,6 @@ def _put_block(
     kind = _kind_for(request.layout, block, where)
     prefix = _prefix_for(request, kind, block, where)
     local = {name: request.state[key] for name, key in block.keys.items()}
-    if (sub_sample := options.get("sub_sample")) is not None and "g.weight" in local:
-        pool = told_pool(sub_sample, local["g.weight"].dim() - 2, where)
-        options = {**options, "sub_sample": pool}
     new = kind.from_ours(OurBlock(block.type, local, options, where))
     for name, value in new.tensors.items():
         old = new.origin.get(name)

@@ -200,7 +200,7 @@ def require_plain(
         sizes = "×".join(map(str, options["sub_sample"]))
         raise cannot_hold(layout, block.where, f"a pool of {sizes}", "it pools by 2 over space")
     window = options["temporal_window"]
-    if window and window not in windows:
+    if window is not None and window not in windows:
         way_out = f"it has windows of {', '.join(map(str, windows))}" if windows else "it has none"
         raise cannot_hold(layout, block.where, f"temporal_window={window}", way_out)
     if any(key.split(".")[0] in ("ln", "gn") for key in block.tensors):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nlsurgery.blocks.geometry import num_keys
 from nlsurgery.errors import DataError
 
 #: Largest attention map (bytes) computed as a whole for a block that has no per-query form.
@@ -182,23 +183,21 @@ def _attention_rows(block: Any, x: Tensor, index: Tensor) -> Tensor | None:
 
 
 def _key_stride(
-    num_keys: int, size: tuple[int, ...], pool: tuple[int, ...] | None
+    count: int, size: tuple[int, ...], pool: tuple[int, ...] | None
 ) -> tuple[int, ...] | None:
     """How many positions one key stands for along each axis: 1, or the sub-sampling's factor.
 
     Args:
-        num_keys: M.
+        count: M.
         size: Of the feature map.
         pool: What the block says of it; otherwise time and axes of size 1 are taken as not sub-sampled.
     """
-    if pool is not None and len(pool) == len(size):
-        steps = tuple(min(step, axis) for step, axis in zip(pool, size, strict=True))
-        if math.prod(axis // step for axis, step in zip(size, steps, strict=True)) == num_keys:
-            return steps
+    if pool is not None and len(pool) == len(size) and num_keys(size, pool) == count:
+        return tuple(min(step, axis) for step, axis in zip(pool, size, strict=True))
     *time, height, width = size
     for factor in range(1, max(height, width) + 1):
         down, across = (factor if axis > 1 else 1 for axis in (height, width))
-        if math.prod(time) * (height // down) * (width // across) == num_keys:
+        if math.prod(time) * (height // down) * (width // across) == count:
             return *[1] * len(time), down, across
     return None
 

@@ -215,6 +215,20 @@ def test_option_against_what_a_block_was_built_with() -> None:
         )
 
 
+@pytest.mark.parametrize("asked", [(2, 2, 2), [2, 2, 2]], ids=["tuple", "list"])
+def test_what_a_block_was_built_with_may_be_said_in_other_words(asked: Any) -> None:
+    state, options = ours("non_local", dims=3, sub_sample=[2, 2, 2], pool_order="before_conv")
+    fqn = "layer2.0.nlsurgery.0"
+    choices = Choices(sub_sample=asked, temporal_window=0)
+    built = {fqn: {**options, "temporal_window": None}}
+    done = convert_state(state, "nlsurgery", "slowfast", choices=choices, options=built)
+    assert done.blocks[0].options["pool_size"] == [2, 2, 2]
+    with pytest.raises(CheckpointError, match=r"sub_sample=True was asked for.*\[2, 2, 2\]"):
+        convert_state(
+            state, "nlsurgery", "slowfast", choices=Choices(sub_sample=True), options=built
+        )
+
+
 def test_danet_with_both_modules_becomes_two() -> None:
     state, options = ours("danet", part="both")
     done = convert_state(state, "nlsurgery", "danet", options={"layer2.0.nlsurgery.0": options})
