@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.operators_table import draw, key, page
+from benchmarks.peers import BLOCKS, prepared
 from benchmarks.rows import append_row, read_rows
 from nlsurgery.blocks import NonLocal
 
@@ -62,81 +63,10 @@ SLIM: dict[str, tuple[int, ...]] = {
     "c256@56": (1, 256, 56, 56),
 }
 MODES = ("embedded_gaussian", "dot_product", "concatenation")
-#: mmcv's concatenation forms (B, C, N, N): beyond this many bytes it is left out ("–").
-PAIR_LIMIT = 4 << 30
 SCALING = (24, 48, 96)
 #: Batch and spatial sizes of small inputs, by the number of dimensions.
 SMALL = {4: ((4, 12, 12), (1, 27, 27)), 5: ((4, 4, 6, 6), (1, 4, 14, 14))}
 PASSES = {"forward": "forward", "train": "training"}
-
-
-class ArticleBlock(nn.Module):
-    """The article's block as a plain rewrite: every pairwise tensor is formed."""
-
-    def __init__(self, channels: int, dims: int, mode: str) -> None:
-        super().__init__()
-        conv = {2: nn.Conv2d, 3: nn.Conv3d}[dims]
-        norm = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dims]
-        self.inner, self.mode = channels // 2, mode
-        self.theta, self.phi, self.g = (conv(channels, self.inner, 1) for _ in range(3))
-        if mode == "concatenation":
-            self.concat_project = nn.Conv2d(2 * self.inner, 1, 1, bias=False)
-        self.out = nn.Sequential(conv(self.inner, channels, 1), norm(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, *spatial) to the same."""
-        batch = x.shape[0]
-        theta, phi, g = (
-            layer(x).view(batch, self.inner, -1) for layer in (self.theta, self.phi, self.g)
-        )
-        f = self.pairwise(theta, phi)
-        y = torch.matmul(f, g.permute(0, 2, 1)).permute(0, 2, 1).contiguous()
-        return self.out(y.view(batch, self.inner, *x.shape[2:])) + x
-
-    def pairwise(self, theta: Tensor, phi: Tensor) -> Tensor:
-        """Compute f / C(x), (B, N, N)."""
-        if self.mode == "embedded_gaussian":
-            return torch.matmul(theta.permute(0, 2, 1), phi).softmax(-1)
-        if self.mode == "dot_product":
-            return torch.matmul(theta.permute(0, 2, 1), phi) / phi.shape[2]
-        # The broadcast of two scalars per pair; the published code concatenates 2C' channels.
-        left, right = self.concat_project.weight.flatten().chunk(2)
-        pair = (left @ theta).unsqueeze(2) + (right @ phi).unsqueeze(1)
-        return torch.relu(pair) / phi.shape[2]
-
-
-def ours(channels: int, dims: int, mode: str) -> nn.Module:
-    return NonLocal(channels, dims=dims, mode=mode, zero_init=False)
-
-
-def compiled(build: Callable[[int, int, str], nn.Module]) -> Callable[[int, int, str], nn.Module]:
-    return lambda *options: torch.compile(build(*options))  # type: ignore[return-value]
-
-
-def mmcv_block(channels: int, dims: int, mode: str) -> nn.Module:
-    from mmcv.cnn.bricks import NonLocal2d, NonLocal3d
-
-    kind = {2: NonLocal2d, 3: NonLocal3d}[dims]
-    norm = {"type": {2: "BN", 3: "BN3d"}[dims]}
-    return kind(channels, use_scale=False, norm_cfg=norm, mode=mode)
-
-
-def timm_block(channels: int, dims: int, mode: str) -> nn.Module:
-    from timm.layers.non_local_attn import NonLocalAttn
-
-    if dims != 2 or mode != "embedded_gaussian":
-        raise NotImplementedError("2-D softmax only")
-    return NonLocalAttn(channels, rd_ratio=0.5, use_scale=False)
-
-
-BLOCKS: dict[str, Callable[[int, int, str], nn.Module]] = {
-    "nlsurgery": ours,
-    "nlsurgery, compiled": compiled(ours),
-    "article": ArticleBlock,
-    "article, compiled": compiled(ArticleBlock),
-    "mmcv-lite": mmcv_block,
-    "timm": timm_block,
-}
 
 
 def step(block: nn.Module, x: Tensor, train: bool) -> None:
@@ -157,29 +87,6 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def prepared(
-    name: str,
-    shape: tuple[int, ...],
-    mode: str,
-    options: argparse.Namespace,
-    dtype: str,
-    train: bool,
-) -> tuple[nn.Module, Tensor]:
-    """Build a block and its input."""
-    positions = math.prod(shape[2:])
-    pair_bytes = 4 * shape[0] * positions**2 * shape[1]
-    if name == "mmcv-lite" and mode == "concatenation" and pair_bytes > PAIR_LIMIT:
-        raise NotImplementedError(f"one of its tensors would take {pair_bytes >> 20} MB")
-    torch.manual_seed(0)
-    block = BLOCKS[name](shape[1], len(shape) - 2, mode)
-    for module in block.modules():
-        if isinstance(module, nn.Conv2d | nn.Conv3d):
-            module.reset_parameters()
-    kind = getattr(torch, dtype)
-    block = block.to(options.device, kind).train(train)
-    return block, torch.randn(shape, device=options.device, dtype=kind, requires_grad=train)
-
-
 def peak(
     name: str,
     shape: tuple[int, ...],
@@ -189,7 +96,7 @@ def peak(
     train: bool,
 ) -> float:
     """Peak memory of one step in MB, above the built block and its input, in this process."""
-    block, x = prepared(name, shape, mode, options, dtype, train)
+    block, x = prepared(name, shape, mode, dtype, train, options.device)
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -236,7 +143,7 @@ def times(
     ready: dict[str, Callable[[], None]] = {}
     for name in options.blocks:
         try:
-            block, x = prepared(name, shape, mode, options, dtype, train)
+            block, x = prepared(name, shape, mode, dtype, train, options.device)
             ready[name] = partial(step, block, x, train)
             ready[name]()
         except ImportError:
@@ -327,7 +234,8 @@ def growth(mode: str, options: argparse.Namespace) -> dict[str, Any]:
     """Growth of our forward time with N: the slope of log time over log N."""
     taken = []
     for side in SCALING:
-        block, x = prepared("nlsurgery", (1, 256, side, side), mode, options, "float32", False)
+        size = (1, 256, side, side)
+        block, x = prepared("nlsurgery", size, mode, "float32", False, options.device)
         values = []
         for _ in range(options.rounds + 1):
             start = clock(options.device)
