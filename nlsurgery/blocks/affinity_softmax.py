@@ -18,6 +18,7 @@ from nlsurgery.blocks.affinity_fused import fused_attend
 from nlsurgery.blocks.affinity_operator import is_small, operator_attend, takes_operator
 from nlsurgery.blocks.affinity_rows import Grids, row_attend
 from nlsurgery.blocks.affinity_tiles import tiled_attend
+from nlsurgery.blocks.choose import goes_by_onednn
 from nlsurgery.blocks.geometry import is_eager, takes_plain_operators
 
 #: Below so many logits a map is not looked at: products with denormal weights do not take long either.
@@ -73,6 +74,7 @@ def heads_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         (B, heads, N, V) in the dtype of ``v``.
     """
     fast = is_eager() and products.are_by_onednn(q.dtype, q.device.type) and not is_small(q, k)
+    fast = fast and goes_by_onednn(q.shape[2] * k.shape[2], q.shape[3], q.dtype)
     if fast or takes_operator(q):
         queries, keys, values = (t.flatten(0, 1) for t in (q, k, v))
         if fast:
@@ -90,7 +92,7 @@ def may_have_denormal_weights(q: Tensor, k: Tensor) -> bool:
         q: (B, N, C') queries on a CPU.
         k: (B, M, C') keys.
     """
-    # Processors that oneDNN is faster on multiply denormal numbers at full speed.
+    # Processors that MKL leaves AVX-512 idle on multiply denormal numbers at full speed.
     if products.are_by_onednn(torch.float32, "cpu") or accumulator(q.dtype) != torch.float32:
         return False
     return q.shape[0] * q.shape[1] * k.shape[1] >= FEW_LOGITS

@@ -37,6 +37,9 @@ SMALL_ITEM = {False: 1 << 17, True: 1 << 19}
 #: Multiplications in a map's logits from which on they go by oneDNN, one batch item at a time, by whether
 #: there are several threads: items of a batch can go to one each.
 ONEDNN_PRODUCT = {False: 1 << 23, True: 1 << 24}
+#: The same where MKL's float32 products take as long, of keys of more than so many channels: what is
+#: then left is the passes over the map.
+LEVEL_PRODUCT, LEVEL_CHANNELS = 1 << 26, 64
 #: What an exported graph is made with: a choice by size would fix the sizes of a dynamic one.
 _TRACED = {
     "gaussian": "fused",
@@ -101,7 +104,10 @@ def choose_implementation(
         pays = num_queries * num_keys > crossover * (num_queries + num_keys)
         return "sorted" if pays else "explicit"
     if products.are_by_onednn(dtype, device_type):
-        return _by_onednn(batch, num_queries, num_keys, head_size, value_size, dtype)
+        if dtype == torch.bfloat16 or products.halves_float32():
+            return _by_onednn(batch, num_queries, num_keys, head_size, value_size, dtype)
+        if goes_by_onednn(num_queries * num_keys, head_size, dtype):
+            return "chunked"
     if device_type == "cpu":
         if dtype == torch.bfloat16:
             # The others form float32 logits by float32 products, which only small maps do not notice.
@@ -127,9 +133,22 @@ def _sorted_from(weights: int, value_size: int, dtype: torch.dtype) -> int:
     return min(200, max(160, value_size // 2))
 
 
-def fits(num_keys: int, value_size: int) -> bool:
-    """Whether an N×M tensor may be kept: at most twice the four projections, and few keys."""
-    return num_keys <= min(1024, 8 * value_size)
+def fits(num_keys: int, value_size: int, times: int = 1) -> bool:
+    """Whether an N×M tensor may be kept: at most twice (so many times) the four projections, and few keys."""
+    return num_keys <= times * min(1024, 8 * value_size)
+
+
+def goes_by_onednn(logits: int, head_size: int, dtype: torch.dtype) -> bool:
+    """Whether attention without a map takes less time by oneDNN, where it may, than torch's fused one.
+
+    Args:
+        logits: N·M of an item.
+        head_size: Channels of keys.
+        dtype: Of the projections.
+    """
+    if dtype == torch.bfloat16 or products.halves_float32():
+        return True
+    return head_size > LEVEL_CHANNELS and logits * head_size >= LEVEL_PRODUCT
 
 
 def _by_onednn(
@@ -142,9 +161,11 @@ def _by_onednn(
 ) -> str:
     narrow = dtype == torch.bfloat16
     small = num_queries * num_keys < SMALL_ITEM[narrow]
-    # To keep a map saves backward a product; in bfloat16 it weighs half as much as in float32.
-    limit = (4 if narrow else 2) * SMALL_MAPS
-    small = small or fits(num_keys, value_size) or batch * num_queries * num_keys <= limit
+    # To keep a map saves backward a product, which weighs more where products take twice as long; in
+    # bfloat16 the map weighs half as much as in float32.
+    times = 1 if products.halves_float32() else 2
+    limit = (4 if narrow else 2) * times * SMALL_MAPS
+    small = small or fits(num_keys, value_size, times) or batch * num_queries * num_keys <= limit
     if not narrow:
         limit = ONEDNN_PRODUCT[products.takes_threads()]
         small = small and num_queries * num_keys * head_size < limit

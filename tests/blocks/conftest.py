@@ -18,7 +18,14 @@ def mkl(monkeypatch):
 def onednn(monkeypatch):
     """A processor whose float32 and bfloat16 products are fastest by oneDNN."""
     monkeypatch.setattr(products, "is_onednn_faster", lambda: True)
+    monkeypatch.setattr(products, "is_wide", lambda: True)
     monkeypatch.setattr(products, "fuses_bfloat16", lambda: False)
+
+
+@pytest.fixture
+def level(onednn, monkeypatch):
+    """A processor whose bfloat16 products are fastest by oneDNN, and float32 ones as fast by MKL."""
+    monkeypatch.setattr(products, "is_wide", lambda: False)
 
 
 @pytest.fixture(params=["few values", "few positions", "any number"])

@@ -164,7 +164,7 @@ TOLD = hasattr(torch.compiler, "is_exporting")  # from torch 2.7 on
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("processor", ["mkl", "onednn"])
+@pytest.mark.parametrize("processor", ["mkl", "onednn", "level"])
 def test_compiled_attention_takes_its_form_when_it_runs(processor, dtype, backend, request):
     """For one size, and for any: torch's own would take up to 2.8 times as long."""
     request.getfixturevalue(processor)
@@ -193,10 +193,10 @@ def test_compiled_attention_takes_its_form_when_it_runs(processor, dtype, backen
 )
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("processor", ["mkl", "onednn"])
+@pytest.mark.parametrize("processor", ["mkl", "onednn", "level"])
 def test_small_maps_are_left_to_the_compiler(processor, dtype, dynamic, request):
     request.getfixturevalue(processor)
-    if processor == "onednn" and dtype == torch.bfloat16 and not multiplies_bfloat16():
+    if processor != "mkl" and dtype == torch.bfloat16 and not multiplies_bfloat16():
         pytest.skip("oneDNN multiplies no bfloat16 without AVX-512")
     taken: list[str] = []
 
@@ -227,7 +227,7 @@ def test_small_maps_are_left_to_the_compiler(processor, dtype, dynamic, request)
 @pytest.mark.parametrize("form", ["auto", "fused", "chunked"])
 @pytest.mark.parametrize("spread", [1.0, 20.0])
 @pytest.mark.parametrize(("channels", "side"), [(8, 6), (8, 26), (300, 12), (8, 0)])
-@pytest.mark.parametrize("processor", ["mkl", "onednn"])
+@pytest.mark.parametrize("processor", ["mkl", "onednn", "level"])
 @pytest.mark.parametrize("across", [False, True], ids=["rows", "columns"])
 def test_the_operator_equals_the_formula(processor, across, channels, side, spread, form, request):
     request.getfixturevalue(processor)
@@ -284,7 +284,7 @@ def checked(operator: object, *arguments: object) -> None:
 
 
 @pytest.mark.parametrize("across", [False, True], ids=["rows", "columns"])
-@pytest.mark.parametrize("processor", ["mkl", "onednn"])
+@pytest.mark.parametrize("processor", ["mkl", "onednn", "level"])
 def test_the_operator_keeps_to_torch_s_rules(processor, across, request):
     request.getfixturevalue(processor)
     operator = torch.ops.nlsurgery.attention.default

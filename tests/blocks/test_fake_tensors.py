@@ -41,12 +41,12 @@ def test_every_block(name):
     check(lambda: build(name), 2, 16, 8, 6)
 
 
-@pytest.mark.parametrize("processor", ["mkl", "onednn"])
+@pytest.mark.parametrize("processor", ["mkl", "onednn", "level"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("mode", "form"), [*PAIRS, ("embedded_gaussian", "auto")])
 def test_every_form(mode, form, dtype, processor, request):
     request.getfixturevalue(processor)
-    if processor == "onednn" and dtype == torch.bfloat16 and not products.multiplies_bfloat16():
+    if processor != "mkl" and dtype == torch.bfloat16 and not products.multiplies_bfloat16():
         pytest.skip("oneDNN multiplies no bfloat16 without AVX-512")
 
     def make() -> nn.Module:

@@ -92,6 +92,14 @@ def test_projections_that_torch_does_as_fast_are_left_to_it(monkeypatch):
     assert not goes_by_products(x, weight)
 
 
+@needs_bfloat16
+@pytest.mark.usefixtures("every_projection", "level")
+def test_float32_is_left_to_torch_where_mkl_is_as_fast():
+    x, weight = torch.randn(1, 10, 6, 5), torch.randn(4, 10, 1, 1)
+    assert not goes_by_products(x, weight)
+    assert goes_by_products(x.bfloat16(), weight.bfloat16())
+
+
 @pytest.mark.usefixtures("every_projection")
 @pytest.mark.parametrize("mode", ["embedded_gaussian", "dot_product", "concatenation"])
 @pytest.mark.parametrize("training", [True, False])

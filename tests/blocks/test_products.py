@@ -116,7 +116,7 @@ def test_factors_of_scaled_logits(dtype, scale, last):
     ],
 )
 def test_the_processor_decides(monkeypatch, maker, capability, expected):
-    monkeypatch.setattr(products, "_maker", lambda: maker)
+    monkeypatch.setattr(products, "_processor", lambda: maker)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert products.is_onednn_faster.__wrapped__() == expected
@@ -169,8 +169,26 @@ def test_a_recorded_block_may_be_the_first_to_ask_whether_bfloat16_is_multiplied
     torch.testing.assert_close(traced(other), block(other), rtol=2e-2, atol=2e-2)
 
 
-def test_the_maker_is_read_from_this_machine():
-    assert products._maker()
+def test_the_processor_is_read_from_this_machine():
+    assert products._processor()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\n", True),
+        ("vendor_id\t: AuthenticAMD\ncpu family\t: 25\nmodel\t\t: 17\n", False),
+        ("AMD64 Family 26 Model 68 Stepping 0, AuthenticAMD", True),
+        ("AMD64 Family 25 Model 97 Stepping 2, AuthenticAMD", False),
+        ("vendor_id\t: CentaurHauls\ncpu family\t: 27\n", False),
+        ("vendor_id\t: AuthenticAMD", False),
+        ("", False),
+    ],
+)
+def test_the_family_tells_how_many_bits_are_computed_at_a_time(monkeypatch, name, expected):
+    monkeypatch.setattr(products, "_processor", lambda: name)
+    monkeypatch.setattr(products, "is_onednn_faster", lambda: True)
+    assert products.is_wide.__wrapped__() == expected
 
 
 @pytest.mark.usefixtures("onednn")
@@ -214,6 +232,27 @@ def test_onednn_turned_off_is_not_used():
     ],
 )
 def test_the_choice(dtype, batch, num_keys, size, expected):
+    sizes = {"num_queries": num_keys, "num_keys": num_keys, "head_size": size, "value_size": size}
+    found = choose_implementation("embedded_gaussian", batch=batch, dtype=dtype, **sizes)
+    assert found == expected
+
+
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize(
+    ("dtype", "batch", "num_keys", "size", "expected"),
+    [
+        (torch.float32, 1, 784, 64, "fused"),
+        (torch.float32, 8, 196, 512, "explicit"),
+        (torch.float32, 8, 784, 256, "chunked"),
+        (torch.float32, 1, 3136, 64, "fused"),
+        (torch.float32, 1, 3136, 128, "chunked"),
+        (torch.bfloat16, 4, 1044, 80, "explicit"),
+        (torch.bfloat16, 1, 1320, 40, "explicit"),
+        (torch.bfloat16, 2, 1368, 32, "chunked"),
+        (torch.bfloat16, 1, 3136, 128, "chunked"),
+    ],
+)
+def test_the_choice_where_float32_is_as_fast_by_mkl(dtype, batch, num_keys, size, expected):
     sizes = {"num_queries": num_keys, "num_keys": num_keys, "head_size": size, "value_size": size}
     found = choose_implementation("embedded_gaussian", batch=batch, dtype=dtype, **sizes)
     assert found == expected
@@ -310,12 +349,20 @@ def test_rows_equal_the_formula(keep, dtype, tolerance, spread, scale, sizes, ch
 
 
 @needs_bfloat16
-@pytest.mark.usefixtures("onednn", "small")
+@pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("spread", [0.1, 1.0, 8.0, 60.0])
 @pytest.mark.parametrize("few", [0, 1 << 30], ids=["in chunks", "by few calls"])
 @pytest.mark.parametrize("item", [0, 1 << 30], ids=["item by item", "all at once"])
-@pytest.mark.parametrize("narrow", [0, 16], ids=["two products", "one product"])
-def test_a_bfloat16_map_is_kept_and_exact(monkeypatch, narrow, item, few, spread):
+@pytest.mark.parametrize(
+    ("processor", "narrow"),
+    [("onednn", 0), ("onednn", 16), ("level", 0)],
+    ids=["two products", "one product", "one, by MKL"],
+)
+@pytest.mark.parametrize("num_keys", [75, 80], ids=["elsewhere", "in place"])
+def test_a_bfloat16_map_is_kept_and_exact(
+    monkeypatch, request, processor, narrow, item, few, spread, num_keys
+):
+    request.getfixturevalue(processor)
     monkeypatch.setattr(affinity_explicit, "NARROW", narrow)
     monkeypatch.setattr(affinity_explicit, "NARROW_FEW", narrow)
     monkeypatch.setattr(affinity_explicit, "NARROW_ITEM", 0)
@@ -324,7 +371,7 @@ def test_a_bfloat16_map_is_kept_and_exact(monkeypatch, narrow, item, few, spread
     monkeypatch.setattr(
         affinity_explicit, "ITEM_LOGITS_FORWARD", dict.fromkeys((False, True), item)
     )
-    made = [t.bfloat16() for t in operands(3, 150, 75, 16, 40, spread=spread)]
+    made = [t.bfloat16() for t in operands(3, 150, num_keys, 16, 40, spread=spread)]
     found = gradients(explicit_attend, *made, 0.7)
     expected = reference(*made, 0.7)
     assert error(found[0], expected[0]) < 3e-3
@@ -332,6 +379,14 @@ def test_a_bfloat16_map_is_kept_and_exact(monkeypatch, narrow, item, few, spread
     with torch.no_grad():
         alone = explicit_attend(*made[:3], 0.7)
     assert torch.equal(alone, found[0])
+
+
+@pytest.mark.parametrize(("processor", "expected"), [("onednn", False), ("level", True)])
+def test_items_of_many_multiplications_go_by_themselves(request, processor, expected):
+    request.getfixturevalue(processor)
+    assert affinity_explicit.is_large_item(4, 300 * 300, 200, False) == expected
+    assert not affinity_explicit.is_large_item(4, 300 * 300, 100, False)
+    assert not affinity_explicit.is_large_item(4, 300 * 300, 200, True)
 
 
 @needs_bfloat16
@@ -545,10 +600,11 @@ def test_a_block_takes_them_and_is_the_identity(monkeypatch, dtype, training):
     assert block.bn.weight.grad.isfinite().all()
 
 
-@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 @pytest.mark.parametrize("small", [0, 1 << 30], ids=["rows", "fused"])
-def test_several_heads(monkeypatch, small, dtype):
+@pytest.mark.parametrize("processor", ["onednn", "level"])
+def test_several_heads(monkeypatch, request, processor, small, dtype):
+    request.getfixturevalue(processor)
     taken: list[int] = []
     monkeypatch.setattr("nlsurgery.blocks.affinity_operator.SMALL_PRODUCT", small)
     monkeypatch.setattr(
@@ -557,7 +613,8 @@ def test_several_heads(monkeypatch, small, dtype):
     made = [torch.randn(2, 3, 40, 8) for _ in range(3)] + [torch.randn(2, 3, 40, 8)]
     q, k, v, dy = (t.to(dtype) for t in made)
     found = gradients(affinity_softmax.heads_attend, q, k, v, dy, 0.6)
-    assert bool(taken) == (small == 0)
+    by_rows = small == 0 and (processor == "onednn" or dtype == torch.bfloat16)
+    assert bool(taken) == by_rows
     expected = gradients(
         lambda q, k, v, s: (s * q @ k.transpose(2, 3)).softmax(-1) @ v,
         *(t.double() for t in (q, k, v, dy)),

@@ -86,7 +86,7 @@ def test_batches_of_gradients_of_every_block(name):
     check_batches_of_gradients(block, torch.randn(2, 16, 6, 5, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("processor", ["mkl", "onednn"])
+@pytest.mark.parametrize("processor", ["mkl", "onednn", "level"])
 @pytest.mark.parametrize(("mode", "form"), PAIRS)
 def test_batches_of_gradients_of_every_form(mode, form, processor, request):
     request.getfixturevalue(processor)
