@@ -222,8 +222,7 @@ def _is_fused(q: Tensor, k: Tensor, v: Tensor, form: str) -> bool:
             batch=q.shape[0],
             dtype=v.dtype,
         )
-    by_onednn = products.are_by_onednn(q.dtype, q.device.type)
-    if by_onednn and (q.dtype == torch.bfloat16 or products.halves_float32()):
+    if products.are_by_onednn(q.dtype, q.device.type) and products.halves(q.dtype):
         # A small map is formed eagerly: by rows it is not kept, and they are as fast.
         return form == "fused"
     # Tiles would form float32 factors, and are slower than torch's fused attention on a small map.

@@ -104,7 +104,7 @@ def choose_implementation(
         pays = num_queries * num_keys > crossover * (num_queries + num_keys)
         return "sorted" if pays else "explicit"
     if products.are_by_onednn(dtype, device_type):
-        if dtype == torch.bfloat16 or products.halves_float32():
+        if products.halves(dtype):
             return _by_onednn(batch, num_queries, num_keys, head_size, value_size, dtype)
         if goes_by_onednn(num_queries * num_keys, head_size, dtype):
             return "chunked"
@@ -146,9 +146,8 @@ def goes_by_onednn(logits: int, head_size: int, dtype: torch.dtype) -> bool:
         head_size: Channels of keys.
         dtype: Of the projections.
     """
-    if dtype == torch.bfloat16 or products.halves_float32():
-        return True
-    return head_size > LEVEL_CHANNELS and logits * head_size >= LEVEL_PRODUCT
+    large = head_size > LEVEL_CHANNELS and logits * head_size >= LEVEL_PRODUCT
+    return large or products.halves(dtype)
 
 
 def _by_onednn(

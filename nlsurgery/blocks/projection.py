@@ -185,8 +185,8 @@ def may_go_by_products(x: Tensor, weight: Tensor) -> bool:
 
 def _may_be_multiplied(x: Tensor, weight: Tensor) -> bool:
     lies_well = _is_as_given(x, weight) and (x.is_contiguous() or is_last(x))
-    pays = lies_well and products.are_by_onednn(x.dtype, x.device.type)
-    return pays and (not is_exact(x) or products.halves_float32())
+    by_onednn = lies_well and products.are_by_onednn(x.dtype, x.device.type)
+    return by_onednn and products.halves(x.dtype)
 
 
 def _is_as_given(x: Tensor, *weights: Tensor) -> bool:
