@@ -128,14 +128,18 @@ def draw(rows: Sequence[Row], path: Path) -> None:
 
 
 def processor() -> str:
-    """The machine's processor, as Linux calls it, and its widest instructions."""
+    """The machine's processor, as Linux calls it, its family, and its widest instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
-    name = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "")
+    name, family = (
+        next((line.split(":", 1)[1].strip() for line in lines if line.startswith(field)), "")
+        for field in ("model name", "cpu family")
+    )
+    family = f"family {family}" if family else ""
     wide = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} ({', '.join(filter(None, [name, wide]))})"
+    return f"{platform.machine()} ({', '.join(filter(None, [name, family, wide]))})"
 
 
 def versions() -> str:

@@ -126,6 +126,7 @@ def key(row: Row) -> str:
 def page(rows: Sequence[Row]) -> str:
     """The results in Markdown: how ratios are spread, and the lowest ones."""
     first = [row for row in rows if not row.get("again") and ratio(row)]
+    seeds = ", ".join(sorted({str(row["seed"]) for row in first}))
     again = {key(row): ratio(row) for row in rows if row.get("again")}
     lines = [
         "# Random shapes on a CPU",
@@ -133,8 +134,8 @@ def page(rows: Sequence[Row]) -> str:
         f"{versions()}; {processor()}. Each number is the fastest eager peer's time over ours (above 1: "
         "ours is faster), medians of interleaved rounds.",
         "",
-        "`python benchmarks/random_shapes.py --rows rows.jsonl`, with `--threads`, `--seed` and `--count` as",
-        "the table says, and `--again`, then `… --rows rows.jsonl --count 0 --out …`",
+        f"`python benchmarks/random_shapes.py --rows rows.jsonl --seed {seeds}`, with `--threads` and",
+        "`--count` as the table says, and `--again`, then `… --rows rows.jsonl --count 0 --out …`",
         "",
         "| dtype | pass | modes | threads | shapes | lowest | twentieth | tenth | median | below 0.85 |",
         "|" + "---|" * 10,
@@ -225,7 +226,7 @@ def main(given: Sequence[str] | None = None) -> None:
                         "threads": options.threads,
                     }
                     if key(case) not in seen:
-                        keep(measure(case))
+                        keep(measure(case | {"seed": options.seed}))
     if options.out:
         options.out.write_text(page(rows))
 

@@ -78,12 +78,12 @@ def explicit_attend(
     """
     has_backward = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if is_compiled() and keeps_bfloat16(q):
-        if _goes_by_rows(q, k, has_backward):
+        if _goes_by_rows(q, k, has_backward, grids):
             return operator_attend(q, k, v, scale, "explicit", keep=has_backward, grids=grids)
         return apply_map(_rounded_map(q, k, scale), v)
     if _is_plain(q, k, has_backward):
         return apply_map(softmax_map(q, k, scale), v)
-    if _goes_by_rows(q, k, has_backward):
+    if _goes_by_rows(q, k, has_backward, grids):
         return row_attend(q, k, v, scale, keep=True, grids=grids)
     return _Explicit.apply(q, k, v, scale, has_backward)  # type: ignore[no-any-return]
 
@@ -97,13 +97,16 @@ def _is_plain(q: Tensor, k: Tensor, has_backward: bool) -> bool:
     return logits < (OWN_LOGITS if has_backward else OWN_LOGITS_FORWARD)
 
 
-def _goes_by_rows(q: Tensor, k: Tensor, has_backward: bool) -> bool:
+def _goes_by_rows(q: Tensor, k: Tensor, has_backward: bool, grids: Grids | None) -> bool:
     if not keeps_bfloat16(q):
         return False
-    return is_large_item(q.shape[0], q.shape[1] * k.shape[1], q.shape[2], has_backward)
+    logits, is_far = q.shape[1] * k.shape[1], grids is not None and q.shape[1] != k.shape[1]
+    return is_large_item(q.shape[0], logits, q.shape[2], has_backward, is_far=is_far)
 
 
-def is_large_item(batch: int, logits: int, channels: int, has_backward: bool) -> bool:
+def is_large_item(
+    batch: int, logits: int, channels: int, has_backward: bool, *, is_far: bool = False
+) -> bool:
     """Whether each of so many bfloat16 items goes by itself, its logits formed by one product.
 
     Args:
@@ -111,13 +114,16 @@ def is_large_item(batch: int, logits: int, channels: int, has_backward: bool) ->
         logits: N·M of an item.
         channels: C'.
         has_backward: Whether there is one.
+        is_far: Whether queries are multiplied with what they are pooled into: their largest logits are then
+            often elsewhere, and formed again.
     """
     if is_compiled():
         limit = GRAPH_LOGITS[channels <= NARROW] if has_backward else GRAPH_LOGITS_FORWARD
         return logits >= limit
     if has_backward:
         return logits >= ITEM_LOGITS
-    if logits * channels >= LEVEL_ITEM_PRODUCTS and not products.halves_float32():
+    many = logits * channels >= LEVEL_ITEM_PRODUCTS and not is_far
+    if many and not products.halves_float32():
         return True
     if batch == 1:
         return logits >= (FEW_LOGITS if channels <= NARROW_FEW else ONLY_ITEM_LOGITS_FORWARD)

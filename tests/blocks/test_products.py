@@ -241,7 +241,8 @@ def test_the_choice(dtype, batch, num_keys, size, expected):
 @pytest.mark.parametrize(
     ("dtype", "batch", "num_keys", "size", "expected"),
     [
-        (torch.float32, 1, 784, 64, "fused"),
+        (torch.float32, 1, 784, 64, "explicit"),
+        (torch.float32, 1, 1040, 56, "fused"),
         (torch.float32, 8, 196, 512, "explicit"),
         (torch.float32, 8, 784, 256, "chunked"),
         (torch.float32, 1, 3136, 64, "fused"),
@@ -387,6 +388,7 @@ def test_items_of_many_multiplications_go_by_themselves(request, processor, expe
     assert affinity_explicit.is_large_item(4, 300 * 300, 200, False) == expected
     assert not affinity_explicit.is_large_item(4, 300 * 300, 100, False)
     assert not affinity_explicit.is_large_item(4, 300 * 300, 200, True)
+    assert not affinity_explicit.is_large_item(4, 300 * 300, 200, False, is_far=True)
 
 
 @needs_bfloat16
