@@ -131,6 +131,7 @@ def prepared(
     device: str = "cpu",
     sub_sample: bool = False,
     use_scale: bool = False,
+    pair_limit: int = PAIR_LIMIT,
 ) -> tuple[nn.Module, Tensor]:
     """Build a block with weights of torch's default init, and its input.
 
@@ -139,7 +140,7 @@ def prepared(
         NotImplementedError: It has no such form, or would need too much memory.
     """
     pair_bytes = 4 * shape[0] * math.prod(shape[2:]) ** 2 * shape[1]
-    if name == "mmcv-lite" and mode == "concatenation" and pair_bytes > PAIR_LIMIT:
+    if name == "mmcv-lite" and mode == "concatenation" and pair_bytes > pair_limit:
         raise NotImplementedError(f"one of its tensors would take {pair_bytes >> 20} MB")
     torch.manual_seed(0)
     block = BLOCKS[name](shape[1], len(shape) - 2, mode, sub_sample, use_scale)

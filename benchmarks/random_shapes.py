@@ -29,20 +29,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from benchmarks.operators import PASSES, interleaved, step
-from benchmarks.operators_table import processor, versions
+from benchmarks.operators_table import OURS, processor, versions
 from benchmarks.peers import prepared
 from benchmarks.rows import Row, append_row, read_rows
+from nlsurgery.blocks.geometry import CHANNELS_LAST
 
 PEERS = ("article", "mmcv-lite", "timm")
-OURS = "nlsurgery"
 #: Shares in which modes are drawn: most of what is used is embedded Gaussian.
 MODES = {"embedded_gaussian": 4, "gaussian": 2, "dot_product": 2, "concatenation": 2}
 #: How often there are so many dimensions.
 DIMS = {1: 2, 2: 5, 3: 3}
 #: Multiplications of a forward, and values of the map, beyond which a shape takes too long for many rounds.
 MOST_PRODUCTS, MOST_WEIGHTS = 1 << 34, 1 << 26
-#: mmcv's concatenation forms (B, C, N, N): values beyond which it is left out.
-MOST_PAIRS = 1 << 27
+#: mmcv's concatenation forms (B, C, N, N): float32 bytes beyond which it is left out.
+PAIR_LIMIT = 1 << 29
 #: Below this share of the fastest peer's speed a block is slower beyond noise.
 NOISE = 0.85
 #: Seconds that the rounds of one case take at most, and how many there are at least and at most.
@@ -81,16 +81,13 @@ def cases(seed: int, count: int, modes: Sequence[str], positions: tuple[int, int
 def measure(case: Row, rounds: int | None = None) -> Row:
     """Median seconds of a step of every block that has the case."""
     shape, train = tuple(case["shape"]), case["pass"] == "training"
-    pairs = shape[0] * shape[1] * math.prod(shape[2:]) ** 2
     ready = {}
     for name in (OURS, *PEERS):
-        if name == "mmcv-lite" and case["mode"] == "concatenation" and pairs > MOST_PAIRS:
-            continue
         try:
-            options = case["sub_sample"], case["use_scale"]
+            options = case["sub_sample"], case["use_scale"], PAIR_LIMIT
             block, x = prepared(name, shape, case["mode"], case["dtype"], train, "cpu", *options)
             if case["channels_last"]:
-                kind = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+                kind = CHANNELS_LAST[len(shape)]
                 if len(shape) == 4:  # torch lays out no module that has weights of both ranks
                     block = block.to(memory_format=kind)
                 x = x.detach().to(memory_format=kind).requires_grad_(train)
@@ -142,7 +139,11 @@ def page(rows: Sequence[Row]) -> str:
     ]
     for group in sorted({kind(row) for row in first}):
         values = sorted(ratio(row) or 0.0 for row in first if kind(row) == group)
-        spread = [values[0], *(quantile(values, at) for at in (0.05, 0.1, 0.5))]
+        spread = [
+            values[0],
+            *(values[len(values) // n] for n in (20, 10)),
+            statistics.median(values),
+        ]
         low = sum(value < NOISE for value in values)
         cells = [*map(str, group), str(len(values)), *(f"{value:.2f}" for value in spread)]
         lines.append("| " + " | ".join([*cells, str(low)]) + " |")
@@ -167,11 +168,6 @@ def kind(row: Row) -> tuple[str, str, str, int]:
     """The line of the table that a row counts in."""
     modes = "softmax" if "gaussian" in row["mode"] else "other"
     return row["dtype"], row["pass"], modes, row["threads"]
-
-
-def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which a share of the sorted ``values`` are."""
-    return statistics.median(values) if share == 0.5 else values[int(share * len(values))]
 
 
 def say(value: object) -> str:

@@ -58,7 +58,7 @@ def test_it_measures_and_resumes(tmp_path, capsys):
     assert capsys.readouterr().out == "", "what is measured is not measured again"
 
 
-def test_a_second_figure_is_shown_and_not_counted(tmp_path):
+def test_a_second_figure_is_shown_and_not_counted():
     case = {"shape": [1, 8, 3], "mode": "gaussian", "sub_sample": True, "use_scale": False}
     case |= {"seed": 7, "channels_last": False, "dtype": "float32", "pass": "forward", "threads": 1}
     slow = case | {"seconds": {"nlsurgery": 2.0, "article": 1.0, "mmcv-lite": 3.0}}

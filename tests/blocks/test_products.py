@@ -187,7 +187,6 @@ def test_the_processor_is_read_from_this_machine():
 )
 def test_the_family_tells_how_many_bits_are_computed_at_a_time(monkeypatch, name, expected):
     monkeypatch.setattr(products, "_processor", lambda: name)
-    monkeypatch.setattr(products, "is_onednn_faster", lambda: True)
     assert products.is_wide.__wrapped__() == expected
 
 
@@ -206,54 +205,42 @@ def test_onednn_turned_off_is_not_used():
     assert products.are_by_onednn(torch.float32, "cpu")
 
 
-@pytest.mark.usefixtures("onednn")
 @pytest.mark.parametrize(
-    ("dtype", "batch", "num_keys", "size", "expected"),
+    ("processor", "dtype", "batch", "num_keys", "size", "expected"),
     [
-        (torch.float32, 1, 784, 64, "chunked"),
-        (torch.float32, 8, 784, 256, "chunked"),
-        (torch.float32, 8, 196, 128, "explicit"),
-        (torch.float32, 8, 196, 512, "chunked"),
-        (torch.float32, 1, 3136, 64, "chunked"),
-        (torch.float32, 1, 720, 8, "explicit"),
-        (torch.float32, 1, 729, 8, "chunked"),
-        (torch.float64, 1, 9000, 64, "fused"),
-        (torch.float16, 1, 9000, 64, "chunked"),
-        (torch.bfloat16, 1, 49, 64, "explicit"),
-        (torch.bfloat16, 1, 784, 64, "explicit"),
-        (torch.bfloat16, 8, 784, 256, "explicit"),
-        (torch.bfloat16, 8, 784, 64, "chunked"),
-        (torch.float32, 64, 196, 16, "explicit"),
-        (torch.float32, 64, 324, 16, "explicit"),
-        (torch.float32, 64, 400, 16, "chunked"),
-        (torch.bfloat16, 64, 576, 16, "explicit"),
-        (torch.bfloat16, 64, 729, 16, "chunked"),
-        (torch.bfloat16, 1, 3136, 128, "chunked"),
+        ("onednn", torch.float32, 1, 784, 64, "chunked"),
+        ("onednn", torch.float32, 8, 784, 256, "chunked"),
+        ("onednn", torch.float32, 8, 196, 128, "explicit"),
+        ("onednn", torch.float32, 8, 196, 512, "chunked"),
+        ("onednn", torch.float32, 1, 3136, 64, "chunked"),
+        ("onednn", torch.float32, 1, 720, 8, "explicit"),
+        ("onednn", torch.float32, 1, 729, 8, "chunked"),
+        ("onednn", torch.float64, 1, 9000, 64, "fused"),
+        ("onednn", torch.float16, 1, 9000, 64, "chunked"),
+        ("onednn", torch.bfloat16, 1, 49, 64, "explicit"),
+        ("onednn", torch.bfloat16, 1, 784, 64, "explicit"),
+        ("onednn", torch.bfloat16, 8, 784, 256, "explicit"),
+        ("onednn", torch.bfloat16, 8, 784, 64, "chunked"),
+        ("onednn", torch.float32, 64, 196, 16, "explicit"),
+        ("onednn", torch.float32, 64, 324, 16, "explicit"),
+        ("onednn", torch.float32, 64, 400, 16, "chunked"),
+        ("onednn", torch.bfloat16, 64, 576, 16, "explicit"),
+        ("onednn", torch.bfloat16, 64, 729, 16, "chunked"),
+        ("onednn", torch.bfloat16, 1, 3136, 128, "chunked"),
+        ("level", torch.float32, 1, 784, 64, "explicit"),
+        ("level", torch.float32, 1, 1040, 56, "fused"),
+        ("level", torch.float32, 8, 196, 512, "explicit"),
+        ("level", torch.float32, 8, 784, 256, "chunked"),
+        ("level", torch.float32, 1, 3136, 64, "fused"),
+        ("level", torch.float32, 1, 3136, 128, "chunked"),
+        ("level", torch.bfloat16, 4, 1044, 80, "explicit"),
+        ("level", torch.bfloat16, 1, 1320, 40, "explicit"),
+        ("level", torch.bfloat16, 2, 1368, 32, "chunked"),
+        ("level", torch.bfloat16, 1, 3136, 128, "chunked"),
     ],
 )
-def test_the_choice(dtype, batch, num_keys, size, expected):
-    sizes = {"num_queries": num_keys, "num_keys": num_keys, "head_size": size, "value_size": size}
-    found = choose_implementation("embedded_gaussian", batch=batch, dtype=dtype, **sizes)
-    assert found == expected
-
-
-@pytest.mark.usefixtures("level")
-@pytest.mark.parametrize(
-    ("dtype", "batch", "num_keys", "size", "expected"),
-    [
-        (torch.float32, 1, 784, 64, "explicit"),
-        (torch.float32, 1, 1040, 56, "fused"),
-        (torch.float32, 8, 196, 512, "explicit"),
-        (torch.float32, 8, 784, 256, "chunked"),
-        (torch.float32, 1, 3136, 64, "fused"),
-        (torch.float32, 1, 3136, 128, "chunked"),
-        (torch.bfloat16, 4, 1044, 80, "explicit"),
-        (torch.bfloat16, 1, 1320, 40, "explicit"),
-        (torch.bfloat16, 2, 1368, 32, "chunked"),
-        (torch.bfloat16, 1, 3136, 128, "chunked"),
-    ],
-)
-def test_the_choice_where_float32_is_as_fast_by_mkl(dtype, batch, num_keys, size, expected):
+def test_the_choice(request, processor, dtype, batch, num_keys, size, expected):
+    request.getfixturevalue(processor)
     sizes = {"num_queries": num_keys, "num_keys": num_keys, "head_size": size, "value_size": size}
     found = choose_implementation("embedded_gaussian", batch=batch, dtype=dtype, **sizes)
     assert found == expected
