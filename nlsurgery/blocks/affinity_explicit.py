@@ -18,6 +18,7 @@ from nlsurgery.blocks.affinity import (
 )
 from nlsurgery.blocks.affinity_chunks import (
     Workspace,
+    balanced,
     centred,
     chunks,
     empty_as,
@@ -173,7 +174,8 @@ class _Explicit(torch.autograd.Function):
             if kept.numel() <= FEW_LOGITS:
                 return *_few_gradients(queries, keys, values, kept, ctx.scale, dy), None, None
         found = gradients_over_chunks(queries, keys, values, ctx.scale, dy, lambda b, i: kept[b, i])
-        return *(g.to(t.dtype) for g, t in zip(found, (q, k, v), strict=True)), None, None
+        dq, dk, dv = (g.to(t.dtype) for g, t in zip(found, (q, k, v), strict=True))
+        return dq, balanced(dk), dv, None, None
 
 
 def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float, kept: Tensor | None) -> Tensor:
@@ -215,7 +217,7 @@ def _few_gradients(
     set_product(dv, p.transpose(1, 2), dy, 1.0)
     set_product(dq, ds, k, scale)
     set_product(dk, ds.transpose(1, 2), q, scale)
-    return dq, dk, dv
+    return dq, balanced(dk), dv
 
 
 def _rounded_map(q: Tensor, k: Tensor, scale: float) -> Tensor:

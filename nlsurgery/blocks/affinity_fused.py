@@ -18,6 +18,7 @@ from nlsurgery.blocks.affinity_chunks import (
     across,
     adds_up,
     along,
+    balanced,
     centred,
     gradients_over_chunks,
     like,
@@ -29,6 +30,9 @@ _fused_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _fused_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 #: Queries of a single map up to which torch's own backward is faster in bfloat16.
 ONE_SMALL_MAP = 256
+#: Not where what keys have in common is more than this share of their squares: it multiplies the rounding of
+#: the logits' gradients in that of the queries.
+IN_COMMON = 0.6
 #: Where a row's sum of exponentials lies so far above those of mean logits, others lie as far below: their
 #: weights are denormal numbers, which slow a product many times.
 SPREAD = 40.0
@@ -153,12 +157,15 @@ def fused_gradients(
         dy: (B, heads, N, V) gradient.
         scale: The factor on the logits.
     """
+    if q.dtype == torch.bfloat16 and y is not None and _are_alike(k):
+        y = None
     if y is not None and not (q.dtype == torch.float32 and is_spread(q, k, total, scale)):
         operands = _fusable_together(q, k, v)
         size = operands[2].shape[3]
         grad, y = (_fusable(_widened(t, size)) for t in (dy, y))
         found = _fused_backward(grad, *operands, y, total, 0.0, False, scale=scale)
-        return tuple(g[..., : t.shape[3]] for g, t in zip(found, (q, k, v), strict=True))
+        dq, dk, dv = (g[..., : t.shape[3]] for g, t in zip(found, (q, k, v), strict=True))
+        return dq, balanced(dk), dv
     shapes = q.shape, k.shape, v.shape
     q, k, v, total, dy = (t.flatten(0, 1) for t in (q, k, v, total, dy))
     if y is None:
@@ -167,6 +174,11 @@ def fused_gradients(
         y = y[..., : v.shape[2]].flatten(0, 1)
         found = tiled_gradients(q, k, v, y, dy, total.unsqueeze(2), scale)
     return tuple(g.view(shape) for g, shape in zip(found, shapes, strict=True))
+
+
+def _are_alike(k: Tensor) -> bool:
+    """Whether most of keys (…, M, C') is what they have in common."""
+    return bool(k.mean(-2).square().sum() > IN_COMMON * k.square().mean(-2).sum())
 
 
 def _fusable_together(q: Tensor, k: Tensor, v: Tensor) -> list[Tensor]:
@@ -198,7 +210,8 @@ def bfloat16_gradients(
     found = list(_gradients_about(shift, *operands, scale, floor))
     del operands
     # Sums are freed one by one: on a large map they are as large as all else together.
-    return tuple(like(found.pop(0), t) for t in (q, k, v))
+    dq, dk, dv = (like(found.pop(0), t) for t in (q, k, v))
+    return dq, balanced(dk), dv
 
 
 def _gradients_about(

@@ -13,7 +13,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nlsurgery.blocks.affinity_chunks import Workspace, centred, empty_as, pieces, set_product
+from nlsurgery.blocks.affinity_chunks import (
+    Workspace,
+    balanced,
+    centred,
+    empty_as,
+    pieces,
+    set_product,
+)
 from nlsurgery.blocks.affinity_fused import is_spread
 from nlsurgery.blocks.affinity_tiles import EVEN, FLOOR
 from nlsurgery.blocks.products import (
@@ -103,7 +110,7 @@ def row_gradients(
                 found.append(empty_as(like[n], like[n].shape[1]))
             gathered.write(found[n][b], factor)
     key_gradient, value_gradient = found or (torch.zeros_like(tokens) for tokens in like)
-    return dq, key_gradient, value_gradient
+    return dq, balanced(key_gradient), value_gradient
 
 
 def _exact_gradients(item: _Item, to: Tensor) -> tuple[_Sum, _Sum, float]:
