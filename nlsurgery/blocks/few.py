@@ -16,7 +16,7 @@ from nlsurgery.blocks.affinity_dot import reassociation_pays
 from nlsurgery.blocks.attend import FEW_QUERIES, attend_few
 from nlsurgery.blocks.geometry import is_eager
 from nlsurgery.blocks.projection import joined, parted, small_product
-from nlsurgery.blocks.residual import add_branch, finite, is_plain, parameters_of
+from nlsurgery.blocks.residual import add_branch, finite, is_plain, normalised, parameters_of
 
 #: A map of fewer values is such a one.
 FEW_VALUES = 1 << 14
@@ -98,4 +98,4 @@ def few_non_local(
     if y is None:
         return None
     z = finite(small_product(y, weight, bias), fresh=True)
-    return add_branch(x, z if norm is None else norm(z))
+    return add_branch(x, z if norm is None else normalised(z, norm, x))

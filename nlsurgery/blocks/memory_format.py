@@ -60,12 +60,16 @@ def to_format_of(z: Tensor, x: Tensor) -> Tensor:
         z: (B, C, *spatial).
         x: The same shape.
     """
-    if z.dim() not in CHANNELS_LAST or not _is_worth_it(z) or not x.is_contiguous():
-        return z
-    last = CHANNELS_LAST[z.dim()]
-    if z.is_contiguous() or not z.is_contiguous(memory_format=last):
+    if not _is_worth_it(z) or not x.is_contiguous() or not _has_channels_last(z):
         return z
     return _Transposed.apply(z, False)  # type: ignore[no-any-return]
+
+
+def with_channels_first(z: Tensor) -> Tensor:
+    """(B, C, *spatial) channels first where it has channels last on a CPU; its gradient the other way."""
+    if not is_eager() or z.device.type != "cpu" or not _has_channels_last(z):
+        return z
+    return _Transposed.apply(z, False) if _is_worth_it(z) else z.contiguous()
 
 
 def with_channels_as(y: Tensor, x: Tensor) -> Tensor:
@@ -79,6 +83,12 @@ def with_channels_as(y: Tensor, x: Tensor) -> Tensor:
     if is_eager() and y.is_contiguous() and x.is_contiguous(memory_format=last):
         return to_channels_last(y)
     return y
+
+
+def _has_channels_last(z: Tensor) -> bool:
+    if z.dim() not in CHANNELS_LAST or z.is_contiguous():
+        return False
+    return z.is_contiguous(memory_format=CHANNELS_LAST[z.dim()])
 
 
 def _is_worth_it(x: Tensor) -> bool:

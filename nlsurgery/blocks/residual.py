@@ -27,8 +27,8 @@ from nlsurgery.blocks.geometry import (
     num_keys,
     working_dtype,
 )
-from nlsurgery.blocks.memory_format import to_format_of, with_channels_as
-from nlsurgery.blocks.norms import BatchNorm
+from nlsurgery.blocks.memory_format import to_format_of, with_channels_as, with_channels_first
+from nlsurgery.blocks.norms import BatchNorm, GroupNorm
 from nlsurgery.blocks.pointwise_products import pointwise_products
 from nlsurgery.blocks.products import is_power_of_two
 from nlsurgery.blocks.projection import (
@@ -325,8 +325,16 @@ def add_projected(x: Tensor, y: Tensor, out: nn.Module, norm: nn.Module | None) 
         z = finite(project(out, y), fresh=plain)
         # torch's CPU normalisations of a sequence take up to ten times as long with channels last.
         z = z.contiguous() if z.dim() == 3 else z
-        z = z if norm is None else _with_dense_gradient(norm(z))
+        z = z if norm is None else normalised(z, norm, x)
     return add_branch(x, z)
+
+
+def normalised(z: Tensor, norm: nn.Module, x: Tensor) -> Tensor:
+    """``norm(z)``, both (B, C, *spatial); of groups in memory as ``x`` lies."""
+    if isinstance(norm, GroupNorm):
+        # Of channels last torch takes the variance for E[z²] - E[z]², and loses it where z varies little.
+        return with_channels_as(_with_dense_gradient(norm(with_channels_first(z))), x)
+    return _with_dense_gradient(norm(z))
 
 
 def _with_dense_gradient(z: Tensor) -> Tensor:
