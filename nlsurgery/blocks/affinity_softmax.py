@@ -75,10 +75,14 @@ def heads_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """
     fast = is_eager() and products.are_by_onednn(q.dtype, q.device.type) and not is_small(q, k)
     fast = fast and goes_by_onednn(q.shape[2] * k.shape[2], q.shape[3], q.dtype)
-    if fast or takes_operator(q):
+    # As in choose_implementation.
+    tiled = not fast and q.dtype == torch.float16 and q.device.type == "cpu" and is_eager()
+    if fast or tiled or takes_operator(q):
         queries, keys, values = (t.flatten(0, 1) for t in (q, k, v))
         if fast:
             y = row_attend(queries, keys, values, scale)
+        elif tiled:
+            y = tiled_attend(queries, keys, values, scale)
         else:
             y = operator_attend(queries, keys, values, scale, "auto")
         return y.view(*q.shape[:2], *y.shape[1:])

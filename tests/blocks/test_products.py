@@ -233,6 +233,8 @@ def test_onednn_turned_off_is_not_used():
         ("level", torch.float32, 8, 784, 256, "chunked"),
         ("level", torch.float32, 1, 3136, 64, "fused"),
         ("level", torch.float32, 1, 3136, 128, "chunked"),
+        ("level", torch.float16, 1, 1040, 56, "chunked"),
+        ("mkl", torch.float16, 1, 1040, 56, "chunked"),
         ("level", torch.bfloat16, 4, 1044, 80, "explicit"),
         ("level", torch.bfloat16, 1, 1320, 40, "explicit"),
         ("level", torch.bfloat16, 2, 1368, 32, "chunked"),
