@@ -234,12 +234,12 @@ def _exact_softmax(q: Tensor, k: Tensor, scale: float, kept: Tensor | None) -> T
     rounded = Workspace(q, q.dtype, "gradients").take(*shape) if kept is None else kept
     logits = Workspace(q, torch.float32, "logits").take(*shape)
     if not products.halves_float32():
-        torch.bmm(q.float().mul_(scale), k.float().transpose(1, 2), out=logits)
+        _exact_logits(q, k, scale, logits)
         in_place = shape[2] % IN_PLACE == 0
         weights = logits if in_place else Workspace(q, torch.float32, "rest").take(*shape)
         return rounded.copy_(torch.softmax(logits, dim=-1, out=weights))
     if q.shape[2] <= NARROW:
-        torch.bmm(q.float().mul_(scale / LOG_2), k.float().transpose(1, 2), out=logits)
+        _exact_logits(q, k, scale / LOG_2, logits)
     else:
         # A product rounded to bfloat16, and another of what the rounding took.
         q, k = apart(q), apart(k)
@@ -251,3 +251,11 @@ def _exact_softmax(q: Tensor, k: Tensor, scale: float, kept: Tensor | None) -> T
         logits.mul_(scale / LOG_2)
     to_powers(logits)
     return rounded.copy_(logits.mul_(logits.sum(-1, keepdim=True).reciprocal_()))
+
+
+def _exact_logits(q: Tensor, k: Tensor, scale: float, out: Tensor) -> None:
+    """Float32 logits; where vectors are multiplied with themselves they are cast once."""
+    queries = keys = k.float()
+    if q.data_ptr() != k.data_ptr() or q.shape != k.shape or q.stride() != k.stride():
+        queries = q.float()
+    torch.bmm(scaled(queries, scale), keys.transpose(1, 2), out=out)
