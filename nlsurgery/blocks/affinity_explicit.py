@@ -255,7 +255,6 @@ def _exact_softmax(q: Tensor, k: Tensor, scale: float, kept: Tensor | None) -> T
 
 def _exact_logits(q: Tensor, k: Tensor, scale: float, out: Tensor) -> None:
     """Float32 logits; where vectors are multiplied with themselves they are cast once."""
-    queries = keys = k.float()
-    if q.data_ptr() != k.data_ptr() or q.shape != k.shape or q.stride() != k.stride():
-        queries = q.float()
+    keys = k.float()
+    queries = keys if q.is_set_to(k) else q.float()
     torch.bmm(scaled(queries, scale), keys.transpose(1, 2), out=out)

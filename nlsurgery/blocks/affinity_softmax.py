@@ -8,6 +8,9 @@ Logits of half inputs are formed in float32 in all of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -18,7 +21,7 @@ from nlsurgery.blocks.affinity_fused import fused_attend
 from nlsurgery.blocks.affinity_operator import is_small, operator_attend, takes_operator
 from nlsurgery.blocks.affinity_rows import Grids, row_attend
 from nlsurgery.blocks.affinity_tiles import tiled_attend
-from nlsurgery.blocks.choose import goes_by_onednn
+from nlsurgery.blocks.choose import SLOWLY_FUSED, goes_by_onednn
 from nlsurgery.blocks.geometry import is_eager, takes_plain_operators
 
 #: Below so many logits a map is not looked at: products with denormal weights do not take long either.
@@ -73,20 +76,19 @@ def heads_attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     Returns:
         (B, heads, N, V) in the dtype of ``v``.
     """
+    attend: Callable[..., Tensor]
     fast = is_eager() and products.are_by_onednn(q.dtype, q.device.type) and not is_small(q, k)
-    fast = fast and goes_by_onednn(q.shape[2] * k.shape[2], q.shape[3], q.dtype)
-    # As in choose_implementation.
-    tiled = not fast and q.dtype == torch.float16 and q.device.type == "cpu" and is_eager()
-    if fast or tiled or takes_operator(q):
-        queries, keys, values = (t.flatten(0, 1) for t in (q, k, v))
-        if fast:
-            y = row_attend(queries, keys, values, scale)
-        elif tiled:
-            y = tiled_attend(queries, keys, values, scale)
-        else:
-            y = operator_attend(queries, keys, values, scale, "auto")
-        return y.view(*q.shape[:2], *y.shape[1:])
-    return fused_attend(q, k, v, scale)
+    if fast and goes_by_onednn(q.shape[2] * k.shape[2], q.shape[3], q.dtype):
+        attend = row_attend
+    elif is_eager() and q.device.type == "cpu" and q.dtype == SLOWLY_FUSED:
+        attend = tiled_attend
+    elif takes_operator(q):
+        attend = partial(operator_attend, form="auto")
+    else:
+        return fused_attend(q, k, v, scale)
+    queries, keys, values = (t.flatten(0, 1) for t in (q, k, v))
+    y = attend(queries, keys, values, scale)
+    return y.view(*q.shape[:2], *y.shape[1:])
 
 
 def may_have_denormal_weights(q: Tensor, k: Tensor) -> bool:

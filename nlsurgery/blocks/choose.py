@@ -25,6 +25,8 @@ _FORMS = {
 }
 #: Channels of a head up to which torch's fused attention is faster than tiles on a CPU in float32.
 FUSED_CHANNELS = 128
+#: In this precision backward of torch's fused attention takes several times as long as tiles on a CPU.
+SLOWLY_FUSED = torch.float16
 #: A float32 map of so many values in all (1 MB) is formed by plain operations on a CPU.
 SMALL_MAPS = 1 << 18
 #: Values of so many channels take longer to gather than to multiply, in bfloat16.
@@ -116,9 +118,8 @@ def choose_implementation(
         times = 2 if products.are_by_onednn(dtype, device_type) else 1
         if fits(num_keys, value_size, times) or batch * num_queries * num_keys <= SMALL_MAPS:
             return "explicit"
-        # torch's fused attention falls back to an N×M tensor where the two sizes differ, and its backward
-        # takes 5 to 11 times as long as tiles in float16.
-        fused = head_size == value_size and head_size <= FUSED_CHANNELS and dtype != torch.float16
+        # torch's fused attention falls back to an N×M tensor where the two sizes differ.
+        fused = head_size == value_size and head_size <= FUSED_CHANNELS and dtype != SLOWLY_FUSED
         return "fused" if fused else "chunked"
     if torch.are_deterministic_algorithms_enabled():
         # The backward of memory-efficient attention adds atomically.

@@ -60,9 +60,7 @@ def to_format_of(z: Tensor, x: Tensor) -> Tensor:
         z: (B, C, *spatial).
         x: The same shape.
     """
-    if not _is_worth_it(z) or not x.is_contiguous() or not _has_channels_last(z):
-        return z
-    return _Transposed.apply(z, False)  # type: ignore[no-any-return]
+    return with_channels_first(z) if _is_worth_it(z) and x.is_contiguous() else z
 
 
 def with_channels_first(z: Tensor) -> Tensor:

@@ -108,8 +108,10 @@ def test_as_near_as_float32_logits(case, scale, channels_first, form):
 
 @pytest.mark.parametrize("form", ["fused", "chunked"])
 @pytest.mark.parametrize("spread", [0.3, 0.03])
-@pytest.mark.parametrize("size", [(2, 400), (1, 200)], ids=["two maps", "one small map"])
-def test_gradients_where_keys_are_alike(size, spread, form):
+@pytest.mark.parametrize(
+    ("size", "bound"), [((2, 400), 6e-3), ((1, 200), 7e-3)], ids=["two maps", "one small map"]
+)
+def test_gradients_where_keys_are_alike(size, bound, spread, form):
     q, k, v = tokens(*size)
     half = [t.bfloat16() for t in (q * 0.3 + 1.1, k * spread + 1.1, v)]
     exact = [t.double().requires_grad_() for t in half]
@@ -118,7 +120,7 @@ def test_gradients_where_keys_are_alike(size, spread, form):
     given = torch.autograd.grad(softmax_attend(*half, 1.0, form), half, upstream)
     wanted = torch.autograd.grad(softmax_attend(*exact, 1.0, "explicit"), exact, upstream.double())
     for one, other in zip(given, wanted, strict=True):
-        assert distance(one, other) < 7e-3
+        assert distance(one, other) < bound
 
 
 def test_every_row_of_unlike_ones():
